@@ -1,0 +1,171 @@
+"""Text to token ids, as transformers does it. Knows nothing of Triton."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+# The ensemble's inputs, for hints to a client that misspelled one.
+CLIENT_INPUTS = (
+    "text_input",
+    "max_tokens",
+    "stream",
+    "apply_chat_template",
+    "stop_words",
+    "bad_words",
+    "end_id",
+    "pad_id",
+    "exclude_input_in_output",
+    "skip_special_tokens",
+    "top_k",
+    "top_p",
+    "temperature",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "length_penalty",
+    "min_tokens",
+    "min_length",
+    "seed",
+    "random_seed",
+    "beam_width",
+    "num_return_sequences",
+    "return_log_probs",
+    "return_context_logits",
+    "return_generation_logits",
+    "return_perf_metrics",
+    "return_num_input_tokens",
+    "return_num_output_tokens",
+)
+
+# Parameters of Triton's own protocols, which come along with a request.
+TRITON_PARAMETERS = frozenset({"id", "priority", "timeout", "sequence_id", "sequence_start", "sequence_end", "binary_data_output"})
+
+
+class PromptError(Exception):
+    """This prompt cannot be encoded: one sentence for the client."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptEncoder:
+    """Encodes prompts for one engine. `bos_token_id` is what an empty prompt becomes."""
+
+    tokenizer: Tokenizer
+    bos_token_id: int | None
+    max_input_len: int
+    max_seq_len: int
+    default_max_tokens: int
+    chat_template: jinja2.Template | None
+
+    @classmethod
+    def load(cls, engine_folder: Path, *, default_max_tokens: int) -> PromptEncoder:
+        manifest = json.loads((engine_folder / "engine.json").read_text())
+        tokenizer = Tokenizer.from_file(str(engine_folder / "tokenizer.json"))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        template = engine_folder / "chat_template.jinja"
+        return cls(
+            tokenizer=tokenizer,
+            bos_token_id=manifest["bos_token_id"],
+            max_input_len=manifest["limits"]["max_input_len"],
+            max_seq_len=manifest["limits"]["max_seq_len"],
+            default_max_tokens=default_max_tokens,
+            chat_template=_compile(template.read_text(), tokenizer, manifest) if template.exists() else None,
+        )
+
+    def encode(self, prompt: str, *, as_chat: bool = False) -> list[int]:
+        """At least one id. Raises PromptError when there is none, or more than the engine takes."""
+        if as_chat:
+            prompt = self._apply_chat_template(prompt)
+        ids = self.tokenizer.encode(prompt, add_special_tokens=True).ids
+        if self.bos_token_id is not None:
+            if not ids:
+                ids = [self.bos_token_id]
+            elif ids[:2] == [self.bos_token_id] * 2:  # a chat template wrote it and the tokenizer added it again
+                ids = ids[1:]
+        if not ids:
+            raise PromptError("text_input is empty and this model has no token to begin with; send some text")
+        if len(ids) > self.max_input_len:
+            raise PromptError(
+                f"text_input has {len(ids)} tokens; this engine takes at most {self.max_input_len} "
+                "(--max-input-len of the build); shorten it"
+            )
+        return ids
+
+    def max_tokens_by_default(self, prompt_ids: Sequence[int]) -> int:
+        """For a request that does not say: what is usual, or what is left."""
+        return max(1, min(self.default_max_tokens, self.max_seq_len - len(prompt_ids)))
+
+    def encode_words(self, words: Sequence[str]) -> list[list[int]]:
+        """Ids of words that may not appear: each alone and after a space, which most tokenizers tell apart."""
+        encoded = []
+        for word in filter(None, words):
+            for spelling in dict.fromkeys((word, " " + word)):
+                ids = self.tokenizer.encode(spelling, add_special_tokens=False).ids
+                if ids and ids not in encoded:
+                    encoded.append(ids)
+        return encoded
+
+    def _apply_chat_template(self, prompt: str) -> str:
+        if self.chat_template is None:
+            raise PromptError("apply_chat_template is true, but this model's tokenizer has no chat template; leave it out")
+        try:
+            return self.chat_template.render(
+                messages=[{"role": "user", "content": prompt}], add_generation_prompt=True
+            )
+        except jinja2.TemplateError as error:
+            raise PromptError(f"the model's chat template refuses this prompt: {error}") from error
+
+
+def _compile(source: str, tokenizer: Tokenizer, manifest: dict) -> jinja2.Template:
+    """With what transformers gives a template: its block trimming, its functions, the special tokens by name."""
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value, **kwargs: json.dumps(value, ensure_ascii=False, **kwargs)
+    eos_ids = manifest["eos_token_ids"]
+    token_of = lambda token_id: "" if token_id is None else tokenizer.id_to_token(token_id) or ""  # noqa: E731
+    environment.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+        "bos_token": token_of(manifest["bos_token_id"]),
+        "eos_token": token_of(eos_ids[0] if eos_ids else None),
+        "pad_token": token_of(manifest["pad_token_id"]),
+    }
+    return environment.from_string(source)
+
+
+def decode_utf8(value: bytes, name: str) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{name} is not UTF-8: byte {error.start} is 0x{value[error.start]:02x}") from None
+
+
+def refuse_unknown_parameters(names: Collection[str]) -> None:
+    """The generate endpoints turn every JSON key that names no input into a parameter, and Triton then ignores it."""
+    for name in names:
+        if name not in TRITON_PARAMETERS and not name.startswith("triton_"):
+            nearest = difflib.get_close_matches(name, CLIENT_INPUTS, n=1)
+            hint = f"perhaps you meant '{nearest[0]}'" if nearest else "leave it out"
+            raise PromptError(f"'{name}' is not an input of this model; {hint}")
+
+
+def word_list_array(words: Sequence[Sequence[int]]) -> np.ndarray:
+    """NVIDIA's form, INT32 [2, n]: ids one word after the other; where each word ends, filled up with -1."""
+    ids = [token_id for word in words for token_id in word]
+    ends = np.cumsum([len(word) for word in words]).tolist()
+    return np.array([ids, ends + [-1] * (len(ids) - len(ends))], dtype=np.int32)

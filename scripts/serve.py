@@ -1,0 +1,233 @@
+"""Start Triton Inference Server on a model repository: `python scripts/serve.py out/demo-gpt2`.
+
+Finds the tritonserver of an NGC container, else the one inside the nvidia-pytriton wheel, sets up what it needs, and
+becomes it (exec), so that signals reach the server itself. SIGTERM lets requests in flight finish, at most
+`--exit-timeout` seconds, and the process ends with 0. Options after `--` go to tritonserver as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import socket
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+NGC_TRITONSERVER = Path("/opt/tritonserver/bin/tritonserver")
+POLL_SECONDS = 0.1
+
+
+class ServeError(Exception):
+    """The server cannot be started: one sentence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tritonserver:
+    """A tritonserver, the options it cannot do without, and the environment it needs."""
+
+    binary: Path
+    options: tuple[str, ...] = ()
+    environment: dict[str, str]
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        repository = check_repository(arguments.repository)
+        check_ports(arguments)
+        server = find_tritonserver(arguments.tritonserver)
+        command = [str(server.binary), *server.options, *server_options(arguments)]
+    except ServeError as error:
+        print(f"serve: {error}", file=sys.stderr)
+        return 2
+    if arguments.verbose:
+        print("serve:", " ".join(command), file=sys.stderr)
+    announce_when_ready(arguments, repository)
+    os.execve(server.binary, command, server.environment)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("repository", type=Path, metavar="REPOSITORY", help="folder that build/engines.py assembled")
+    address = parser.add_argument_group("where it listens")
+    address.add_argument("--host", default="127.0.0.1", help="address; 0.0.0.0 for all interfaces")
+    address.add_argument("--http-port", type=int, default=8000, metavar="PORT")
+    address.add_argument("--grpc-port", type=int, default=8001, metavar="PORT")
+    address.add_argument("--metrics-port", type=int, default=8002, metavar="PORT")
+    server = parser.add_argument_group("the server")
+    server.add_argument("--exit-timeout", type=int, default=30, metavar="SECONDS", help="how long SIGTERM waits for requests")
+    server.add_argument("--tritonserver", type=Path, metavar="FILE", help="a tritonserver binary, instead of the one found")
+    server.add_argument("--log-verbose", type=int, default=0, metavar="LEVEL", help="tritonserver's verbose log level")
+    server.add_argument("--log-file", type=Path, metavar="FILE", help="tritonserver's log goes there instead of stderr")
+    server.add_argument("--quiet", action="store_true", help="only warnings and errors in tritonserver's log")
+    server.add_argument("-v", "--verbose", action="store_true", help="print the command before it runs")
+    parser.add_argument("options", nargs="*", metavar="-- OPTION", help="further tritonserver options, after --")
+    return parser.parse_args(argv)
+
+
+def check_repository(path: Path) -> dict:
+    """The repository's record. Raises ServeError for a folder that is no repository of ours."""
+    record = path / "repository.json"
+    if not path.is_dir():
+        raise ServeError(f"{path} is not a folder; build a repository with: python build/engines.py --model MODEL --output {path}")
+    try:
+        return json.loads(record.read_text())
+    except FileNotFoundError:
+        raise ServeError(f"{path} has no repository.json, so build/engines.py did not assemble it; give its --output folder") from None
+    except ValueError as error:
+        raise ServeError(f"{record} is damaged ({error}); assemble the repository again") from None
+
+
+def check_ports(arguments: argparse.Namespace) -> None:
+    ports = {name: getattr(arguments, f"{name}_port") for name in ("http", "grpc", "metrics")}
+    if len(set(ports.values())) < len(ports):
+        raise ServeError(f"the ports {ports} must all be different")
+    for name, port in ports.items():
+        if not 1 <= port <= 65535:
+            raise ServeError(f"--{name}-port {port} is not a port; use 1 to 65535")
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((arguments.host, port))
+            except OSError as error:
+                message = f"cannot listen on {arguments.host}:{port} ({error.strerror}); choose another --{name}-port or --host"
+                raise ServeError(message) from None
+
+
+def find_tritonserver(given: Path | None) -> Tritonserver:
+    """The given binary, the container's, the wheel's, in this order. Raises ServeError when there is none."""
+    if given is not None:
+        if not os.access(given, os.X_OK):
+            raise ServeError(f"--tritonserver {given} is not a program that can be run")
+        return Tritonserver(binary=given, environment=dict(os.environ))
+    if NGC_TRITONSERVER.exists():
+        return Tritonserver(binary=NGC_TRITONSERVER, environment=dict(os.environ))
+    wheel = importlib.util.find_spec("pytriton")
+    if wheel is None or wheel.origin is None:
+        raise ServeError(
+            "no tritonserver found: run this in NVIDIA's tritonserver container, or install the server of the "
+            "nvidia-pytriton wheel with: make install"
+        )
+    return _wheel_tritonserver(Path(wheel.origin).parent)
+
+
+def _wheel_tritonserver(package: Path) -> Tritonserver:
+    """The wheel keeps the Python backend apart from its stubs, and its libraries outside the loader's path."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = package / "tritonserver/python_backend_stubs" / version / "triton_python_backend_stub"
+    if not stub.exists():
+        known = sorted(p.name for p in stub.parent.parent.iterdir())
+        raise ServeError(f"the nvidia-pytriton wheel has no stub for Python {version}; use one of {', '.join(known)}")
+    library = Path(sysconfig.get_config_var("LIBDIR") or "", sysconfig.get_config_var("LDLIBRARY") or "")
+    if ".so" not in library.name:
+        raise ServeError(
+            f"this Python {version} has no shared libpython, which the server's Python backend loads; "
+            "use a Python built with --enable-shared, or Debian's python3 with its libpython3 package"
+        )
+    libraries = [package.parent / "nvidia_pytriton.libs", library.parent, os.environ.get("LD_LIBRARY_PATH")]
+    environment = dict(os.environ)
+    environment["LD_LIBRARY_PATH"] = ":".join(str(folder) for folder in libraries if folder)
+    # A stub takes its packages from the python3 that is first on PATH: let that be this one.
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment.get('PATH', os.defpath)}"
+    backends = _backends_folder(package, stub)
+    binary = package / "tritonserver/bin/tritonserver"
+    if not os.access(binary, os.X_OK):
+        binary.chmod(0o755)
+    return Tritonserver(binary=binary, options=(f"--backend-directory={backends}",), environment=environment)
+
+
+def _backends_folder(package: Path, stub: Path) -> Path:
+    """A folder of links with the Python backend and this Python's stub side by side, inside the environment."""
+    backends = Path(sys.prefix) / "lib" / "tritonserver-backends"
+    python = backends / "python"
+    wanted = {file.name: file for file in (package / "tritonserver/backends/python").iterdir() if file.is_file()}
+    wanted[stub.name] = stub
+    if python.is_dir() and all(os.path.realpath(python / name) == str(file.resolve()) for name, file in wanted.items()):
+        return backends
+    try:
+        python.mkdir(parents=True, exist_ok=True)
+    except OSError:  # an environment that is not ours to write
+        backends = Path(tempfile.mkdtemp(prefix="tritonserver-backends-"))
+        python = backends / "python"
+        python.mkdir()
+    for name, file in wanted.items():
+        link = python / f".{name}.{os.getpid()}"
+        link.symlink_to(file.resolve())
+        os.replace(link, python / name)
+    return backends
+
+
+def server_options(arguments: argparse.Namespace) -> list[str]:
+    options = [
+        f"--model-repository={arguments.repository.absolute()}",
+        "--disable-auto-complete-config",  # ours are complete, and asking each model again costs a process start
+        f"--http-address={arguments.host}",
+        f"--http-port={arguments.http_port}",
+        f"--grpc-address={arguments.host}",
+        f"--grpc-port={arguments.grpc_port}",
+        f"--metrics-address={arguments.host}",
+        f"--metrics-port={arguments.metrics_port}",
+        f"--exit-timeout-secs={arguments.exit_timeout}",
+        f"--log-verbose={arguments.log_verbose}",
+    ]
+    if arguments.log_file:
+        options.append(f"--log-file={arguments.log_file}")
+    if arguments.quiet:
+        options.append("--log-info=false")
+    return options + arguments.options
+
+
+def announce_when_ready(arguments: argparse.Namespace, repository: dict) -> None:
+    """Leave a process behind that prints one line when the server is ready, or ends when the server does."""
+    server_pid = os.getpid()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        return
+    if os.fork():  # the grandchild belongs to init, so tritonserver never has a child to reap
+        os._exit(0)
+    host = "127.0.0.1" if arguments.host in ("0.0.0.0", "::") else arguments.host
+    name = repository["served_name"]
+    while _is_alive(server_pid):
+        if _is_ready(f"http://{host}:{arguments.http_port}/v2/health/ready"):
+            print(
+                f"serve: ready: model '{name}' (generate, streams) and '{repository['infer_name']}' (infer) on "
+                f"HTTP {arguments.host}:{arguments.http_port}, gRPC {arguments.host}:{arguments.grpc_port}, "
+                f"metrics {arguments.host}:{arguments.metrics_port}",
+                flush=True,
+            )
+            break
+        time.sleep(POLL_SECONDS)
+    os._exit(0)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=1) as response:
+            return response.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())
