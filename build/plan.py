@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -76,3 +77,66 @@ class EnginePlan:
         fields = asdict(self)
         del fields["model"]
         return fields
+
+
+# A context of 128k tokens would reserve most of a laptop's memory for its KV cache; whoever needs it asks for it.
+_DEFAULT_MOST_SEQ_LEN = 4096
+_DEFAULT_MAX_BATCH_SIZE = 16
+_MAX_BEAM_WIDTH = 4
+
+
+def choose_engine(choice: EngineChoice, gpu_products: Sequence[str]) -> tuple[EngineKind, str]:
+    """The engine kind and the reason, for the line that says what was resolved."""
+    if choice != "auto":
+        return choice, "asked for"
+    if gpu_products:
+        return "tensorrt", f"auto: this machine has {gpu_products[0]}"
+    return "openvino", "auto: no NVIDIA GPU here"
+
+
+def make_plan(request: BuildRequest, checkpoint: Checkpoint, engine: EngineKind, versions: Mapping[str, str]) -> EnginePlan:
+    """Decide everything that is open. Raises UsageError for limits that the model cannot have."""
+    config = json.loads((checkpoint.path / "config.json").read_text())
+    architectures = config.get("architectures") or []
+    if len(architectures) != 1:
+        raise UnsupportedError(
+            f"config.json of '{checkpoint.model}' names {len(architectures)} architectures; a causal language model names one"
+        )
+    return EnginePlan(
+        engine=engine,
+        model=checkpoint.model,
+        revision=checkpoint.revision,
+        checkpoint_digest=checkpoint.digest,
+        architecture=architectures[0],
+        # float32 is exact and is what a CPU computes best unless told otherwise; 16 bits are for those who ask.
+        dtype="float32" if request.dtype == "auto" else request.dtype,
+        quantization=request.quantization,
+        tensor_parallel=request.tensor_parallel,
+        pipeline_parallel=request.pipeline_parallel,
+        gpu=request.gpu,
+        limits=_limits(request, config),
+        trust_remote_code=request.trust_remote_code,
+        compiler_versions=tuple(sorted(versions.items())),
+    )
+
+
+def _limits(request: BuildRequest, config: Mapping[str, Any]) -> EngineLimits:
+    text_config = config.get("text_config", config)
+    positions = text_config.get("max_position_embeddings") or text_config.get("n_positions")
+    max_seq_len = request.max_seq_len or min(positions or _DEFAULT_MOST_SEQ_LEN, _DEFAULT_MOST_SEQ_LEN)
+    max_input_len = request.max_input_len or max_seq_len - 1
+    if max_seq_len < 2:
+        raise UsageError(f"--max-seq-len {max_seq_len} leaves no room for a prompt and an answer; use at least 2")
+    if positions and max_seq_len > positions:
+        raise UsageError(f"--max-seq-len {max_seq_len} is more than the model's {positions} positions; use at most {positions}")
+    if max_input_len >= max_seq_len:
+        raise UsageError(
+            f"--max-input-len {max_input_len} leaves no room for an answer within --max-seq-len {max_seq_len}; "
+            f"use at most {max_seq_len - 1}"
+        )
+    return EngineLimits(
+        max_batch_size=request.max_batch_size or _DEFAULT_MAX_BATCH_SIZE,
+        max_input_len=max_input_len,
+        max_seq_len=max_seq_len,
+        max_beam_width=_MAX_BEAM_WIDTH,
+    )

@@ -19,6 +19,7 @@ import triton_python_backend_utils as pb_utils
 from cancel_channel import CancelListener
 from dispatcher import Dispatcher
 from engine_loading import load_engine
+from engine_metrics import EngineMetrics
 from generation import EngineError, RequestError
 from request_reading import RequestReader
 from response_writing import ResponseWriter, TritonResponder
@@ -77,6 +78,8 @@ class TritonPythonModel:
             responses_per_second=settings["responses_per_second"],
             on_fatal=_end_server,
         )
+        labels = {"model": args["model_name"], "version": args["model_version"]}
+        self._metrics = EngineMetrics(self._engine, labels, self._dispatcher.max_in_flight)
         self._writer = ResponseWriter()
         self._cancel_listener = CancelListener(self._dispatcher.cancel_key, self._dispatcher.cancel_request_id)
 
@@ -98,8 +101,9 @@ class TritonPythonModel:
     def finalize(self) -> None:
         self._cancel_listener.close()
         self._dispatcher.close()
+        self._metrics.close()
         self._engine.shutdown()
-        del self._engine, self._dispatcher
+        del self._metrics, self._dispatcher, self._engine
         gc.collect()
 
     @staticmethod

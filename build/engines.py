@@ -1,0 +1,334 @@
+"""A Hugging Face checkpoint becomes an engine and a Triton model repository.
+
+    python build/engines.py --model gpt2 --tp 1
+    python scripts/serve.py out/gpt2
+
+The steps are `build()` below: resolve the checkpoint, plan, compile or find in the store, verify, assemble.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from assemble import Repository, assemble, check_served_name
+from checkpoint import Checkpoint, resolve
+from engine_manifest import EngineManifest
+from errors import BuildError, UnsupportedError, UsageError
+from gpus import find_gpus
+from plan import DTYPES, ENGINE_CHOICES, QUANTIZATIONS, BuildRequest, EngineKind, EnginePlan, choose_engine, make_plan
+from store import Store
+
+_log = logging.getLogger("engines")
+
+# Engine kind -> the module in compilers/ that builds it, and what to say for a kind that has none.
+COMPILERS = {"openvino": "openvino_compiler"}
+_NO_COMPILER = (
+    "--engine {kind} is not built by this version yet; build for the CPU with --engine openvino "
+    "(TensorRT-LLM engines follow, see docs/decisions.md)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to build, as opposed to what: nothing here changes the engine."""
+
+    served_name: str | None
+    output: Path | None
+    cache_dir: Path
+    token_file: Path | None
+    offline: bool
+    plan_only: bool
+    verify: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """An engine folder in the store."""
+
+    folder: Path
+    key: str
+    was_stored: bool
+
+
+def build(request: BuildRequest, options: Options) -> dict[str, Any]:
+    """All steps. Returns the report that --json prints. Raises BuildError."""
+    started = time.monotonic()
+    if options.served_name is not None:
+        check_served_name(options.served_name)
+    kind, reason = choose_engine(request.engine, [gpu.product for gpu in find_gpus()])
+    _log.info("engine: %s (%s)", kind, reason)
+    compiler = _compiler(kind)
+    compiler.check_request(request)
+    checkpoint = resolve(
+        request.model,
+        revision=request.revision,
+        token_file=options.token_file,
+        offline=options.offline,
+        trust_remote_code=request.trust_remote_code,
+        digest_cache=options.cache_dir,
+    )
+    plan = make_plan(request, checkpoint, kind, compiler.versions())
+    compiler.check(plan)
+    store = Store(options.cache_dir)
+    report: dict[str, Any] = {
+        "model": checkpoint.model,
+        "revision": checkpoint.revision,
+        "plan": asdict(plan),
+        "key": store.key_of(plan),
+    }
+    if options.plan_only:
+        stored = store.find(plan)
+        return report | {"stored": str(stored) if stored else None}
+    engine = _compile(plan, checkpoint, compiler, store)
+    report |= {"engine": str(engine.folder), "was_stored": engine.was_stored}
+    if options.verify:
+        report["verified"] = _verify(engine, checkpoint)
+    repository = _assemble(engine, checkpoint, options)
+    return report | {
+        "repository": str(repository.path),
+        "served_name": repository.served_name,
+        "infer_name": repository.infer_name,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def _compiler(kind: EngineKind):
+    if kind not in COMPILERS:
+        raise UnsupportedError(_NO_COMPILER.format(kind=kind))
+    return import_module(f"compilers.{COMPILERS[kind]}")
+
+
+def _compile(plan: EnginePlan, checkpoint: Checkpoint, compiler, store: Store) -> Engine:
+    key = store.key_of(plan)
+    if stored := store.find(plan):
+        _log.info("engine: taken from the store, %s", stored)
+        return Engine(folder=stored, key=key, was_stored=True)
+    was_stored = True
+
+    def compile_into(folder: Path) -> EngineManifest:
+        nonlocal was_stored
+        was_stored = False
+        _log.info("engine: building %s, %s, quantization %s", plan.model, plan.dtype, plan.quantization)
+        compiled = compiler.compile(plan, checkpoint, folder)
+        return EngineManifest(
+            key=key,
+            engine=plan.engine,
+            model=plan.model,
+            revision=plan.revision,
+            checkpoint_digest=plan.checkpoint_digest,
+            architecture=plan.architecture,
+            dtype=plan.dtype,
+            quantization=plan.quantization,
+            tensor_parallel=plan.tensor_parallel,
+            pipeline_parallel=plan.pipeline_parallel,
+            limits=asdict(plan.limits),
+            vocab_size=compiled.vocab_size,
+            bos_token_id=compiled.bos_token_id,
+            eos_token_ids=list(compiled.eos_token_ids),
+            pad_token_id=compiled.pad_token_id,
+            kv_bytes_per_token=compiled.kv_bytes_per_token,
+            gpu=None,
+            versions=dict(plan.compiler_versions),
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            files={},  # the store fills them in, when it has read them
+        )
+
+    folder = store.build_once(plan, compile_into)
+    _log.info("engine: %s", folder)
+    return Engine(folder=folder, key=key, was_stored=was_stored)
+
+
+def _verify(engine: Engine, checkpoint: Checkpoint) -> dict[str, Any]:
+    from verify import verify  # imports torch and transformers, seconds that a stored engine need not pay
+
+    _log.info("verify: comparing greedy tokens with transformers")
+    result = verify(engine.folder, checkpoint)
+    _log.info("verify: %s", result.sentence)
+    return asdict(result)
+
+
+def _assemble(engine: Engine, checkpoint: Checkpoint, options: Options) -> Repository:
+    served_name = options.served_name or checkpoint.name
+    output = options.output or Path("out") / served_name
+    repository = assemble(engine.folder, served_name, output)
+    _log.info("repository: %s", repository.path)
+    return repository
+
+
+def parse(argv: list[str]) -> tuple[BuildRequest, Options, argparse.Namespace]:
+    parser = argparse.ArgumentParser(
+        prog="engines.py",
+        description="Build a Triton model repository from a Hugging Face checkpoint.",
+        epilog="exit codes: 0 done, 2 wrong option, 3 checkpoint, 4 not supported here, 5 compiler, 6 disk, 7 verify",
+        allow_abbrev=False,
+    )
+    what = parser.add_argument_group("what to build")
+    what.add_argument(
+        "--model", required=True, help="hub id (gpt2, org/name, org/name@revision) or a local checkpoint folder"
+    )
+    what.add_argument("--revision", help="branch, tag or commit of a hub id (default: main)")
+    what.add_argument(
+        "--engine",
+        choices=ENGINE_CHOICES,
+        default="auto",
+        help="auto: tensorrt where there is an NVIDIA GPU, else openvino (default: auto)",
+    )
+    what.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="type of the weights (default: auto, float32 on a CPU)"
+    )
+    what.add_argument(
+        "--quantization", choices=QUANTIZATIONS, default="none", help="weights of fewer bits (default: none)"
+    )
+    what.add_argument("--tp", type=_positive, default=1, metavar="N", help="tensor parallel GPUs (default: 1)")
+    what.add_argument("--pp", type=_positive, default=1, metavar="N", help="pipeline parallel GPUs (default: 1)")
+    what.add_argument("--gpu", metavar="PRODUCT", help="GPU product to build for, as in the label nvidia.com/gpu.product")
+    what.add_argument(
+        "--max-batch-size", type=_positive, metavar="N", help="sequences generated at the same time (default: 16)"
+    )
+    what.add_argument(
+        "--max-input-len", type=_positive, metavar="N", help="tokens of a prompt (default: --max-seq-len less 1)"
+    )
+    what.add_argument(
+        "--max-seq-len",
+        type=_positive,
+        metavar="N",
+        help="tokens of prompt and answer together (default: the model's, at most 4096)",
+    )
+    what.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that the checkpoint brings (default: refuse)"
+    )
+    where = parser.add_argument_group("where from and where to")
+    where.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="file with a Hugging Face token (default: HF_TOKEN, HF_TOKEN_PATH)",
+    )
+    where.add_argument("--offline", action="store_true", help="use only what is already downloaded")
+    where.add_argument("--served-name", metavar="NAME", help="the model's name in Triton (default: the checkpoint's)")
+    where.add_argument(
+        "--output", type=Path, metavar="DIR", help="the model repository (default: out/ and the served name)"
+    )
+    where.add_argument(
+        "--cache-dir",
+        type=Path,
+        default=default_cache_dir(),
+        metavar="DIR",
+        help="the engine store; several builders may share it (default: %(default)s)",
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument("--plan", action="store_true", help="print what would be built, and stop")
+    how.add_argument("--verify", action="store_true", help="compare the engine's greedy tokens with transformers")
+    how.add_argument("--json", action="store_true", help="print one JSON result on stdout, errors included")
+    how.add_argument("-v", "--verbose", action="count", default=0, help="more log lines; twice: tracebacks too")
+    arguments = parser.parse_args(argv)
+    request = BuildRequest(
+        model=arguments.model,
+        revision=arguments.revision,
+        engine=arguments.engine,
+        dtype=arguments.dtype,
+        quantization=arguments.quantization,
+        tensor_parallel=arguments.tp,
+        pipeline_parallel=arguments.pp,
+        gpu=arguments.gpu,
+        max_batch_size=arguments.max_batch_size,
+        max_input_len=arguments.max_input_len,
+        max_seq_len=arguments.max_seq_len,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    options = Options(
+        served_name=arguments.served_name,
+        output=arguments.output,
+        cache_dir=arguments.cache_dir,
+        token_file=arguments.token_file,
+        offline=arguments.offline,
+        plan_only=arguments.plan,
+        verify=arguments.verify,
+    )
+    return request, options, arguments
+
+
+def default_cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "triton-trtllm"
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
+
+
+def main(argv: list[str] | None = None) -> int:
+    request, options, arguments = parse(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.WARNING,  # of the libraries; ours speak below
+        format="%(message)s",
+        force=True,
+    )
+    logging.getLogger().setLevel(logging.DEBUG if arguments.verbose > 1 else logging.WARNING)
+    for name in ("engines", "checkpoint", "store", "compilers", "verify"):
+        logging.getLogger(name).setLevel(logging.DEBUG if arguments.verbose else logging.INFO)
+    try:
+        report = build(request, options)
+    except BuildError as error:
+        return _report_error(error, error.exit_code, arguments)
+    except KeyboardInterrupt:
+        print("engines: interrupted; nothing half-built is left", file=sys.stderr)
+        return 130
+    except Exception as error:  # a defect of ours: say so in a sentence, with the way to the details
+        if arguments.verbose < 2:
+            error = RuntimeError(f"unexpected {type(error).__name__}: {error}; run again with -vv and report the traceback")
+        return _report_error(error, 1, arguments)
+    if arguments.json:
+        print(json.dumps(report))
+    else:
+        print(_in_words(report))
+    return 0
+
+
+def _report_error(error: Exception, exit_code: int, arguments: argparse.Namespace) -> int:
+    if arguments.verbose > 1:
+        traceback.print_exception(error)
+    print(f"engines: {error}", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps({"error": {"kind": type(error).__name__, "message": str(error), "exit_code": exit_code}}))
+    return exit_code
+
+
+def _in_words(report: dict[str, Any]) -> str:
+    plan = report["plan"]
+    limits = plan["limits"]
+    lines = [
+        f"model          {report['model']}" + (f" at {report['revision']}" if report["revision"] else ""),
+        f"engine         {plan['engine']}, {plan['dtype']}, quantization {plan['quantization']}, {plan['architecture']}",
+        f"limits         {limits['max_batch_size']} sequences, prompts of {limits['max_input_len']} tokens, "
+        f"{limits['max_seq_len']} with the answer",
+    ]
+    if "repository" not in report:
+        lines.append(f"in the store   {report['stored'] or 'no: a build would compile it'}")
+        return "\n".join(lines)
+    name, infer_name = report["served_name"], report["infer_name"]
+    output = os.path.relpath(report["repository"])
+    lines += [
+        f"repository     {output} ({'stored engine' if report['was_stored'] else 'built'}, {report['seconds']:.1f} s)",
+        f"models         {name}: generate, generate_stream, gRPC streams; {infer_name}: infer()",
+        f"serve it with  python scripts/serve.py {output}",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

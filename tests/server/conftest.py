@@ -1,0 +1,50 @@
+"""One real tritonserver with the demo model for the whole session; its log is shown with a test that fails."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import engines
+import pytest
+from triton import ROOT, Server
+
+CHECKPOINT = ROOT / "scripts/demo_checkpoint/demo-gpt2"
+PROMPTS = ROOT / "scripts/demo_checkpoint/prompts.jsonl"
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model's repository, built as a user builds it. The engine store is the user's own, so that it is quick."""
+    output = tmp_path_factory.mktemp("repositories") / "demo-gpt2"
+    code = engines.main(
+        ["--model", str(CHECKPOINT), "--engine", "openvino", "--max-batch-size", "8", "--output", str(output)]
+    )
+    assert code == 0
+    return output
+
+
+@pytest.fixture(scope="session")
+def session_server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(repository, tmp_path_factory.mktemp("server") / "log")
+    try:
+        yield server.wait_until_ready()
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def server(session_server: Server, request: pytest.FixtureRequest) -> Iterator[Server]:
+    start = session_server.log.stat().st_size
+    yield session_server
+    with session_server.log.open() as log:
+        log.seek(start)
+        if text := log.read():
+            print(f"---- the server's log during this test ----\n{text}")
+
+
+@pytest.fixture(scope="session")
+def examples() -> list[dict]:
+    """Prompts with the greedy answers that transformers gives."""
+    return [json.loads(line) for line in PROMPTS.read_text().splitlines()]
