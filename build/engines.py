@@ -24,7 +24,7 @@ from typing import Any
 from assemble import Repository, assemble, check_served_name
 from checkpoint import Checkpoint, resolve
 from engine_manifest import EngineManifest
-from errors import BuildError, UnsupportedError, UsageError
+from errors import BuildError, UnsupportedError
 from gpus import find_gpus
 from plan import DTYPES, ENGINE_CHOICES, QUANTIZATIONS, BuildRequest, EngineKind, EnginePlan, choose_engine, make_plan
 from store import Store
@@ -50,6 +50,7 @@ class Options:
     offline: bool
     plan_only: bool
     verify: bool
+    force: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ def build(request: BuildRequest, options: Options) -> dict[str, Any]:
     if options.plan_only:
         stored = store.find(plan)
         return report | {"stored": str(stored) if stored else None}
-    engine = _compile(plan, checkpoint, compiler, store)
+    engine = _compile(plan, checkpoint, compiler, store, force=options.force)
     report |= {"engine": str(engine.folder), "was_stored": engine.was_stored}
     if options.verify:
         report["verified"] = _verify(engine, checkpoint)
@@ -109,11 +110,8 @@ def _compiler(kind: EngineKind):
     return import_module(f"compilers.{COMPILERS[kind]}")
 
 
-def _compile(plan: EnginePlan, checkpoint: Checkpoint, compiler, store: Store) -> Engine:
+def _compile(plan: EnginePlan, checkpoint: Checkpoint, compiler, store: Store, *, force: bool) -> Engine:
     key = store.key_of(plan)
-    if stored := store.find(plan):
-        _log.info("engine: taken from the store, %s", stored)
-        return Engine(folder=stored, key=key, was_stored=True)
     was_stored = True
 
     def compile_into(folder: Path) -> EngineManifest:
@@ -144,8 +142,8 @@ def _compile(plan: EnginePlan, checkpoint: Checkpoint, compiler, store: Store) -
             files={},  # the store fills them in, when it has read them
         )
 
-    folder = store.build_once(plan, compile_into)
-    _log.info("engine: %s", folder)
+    folder = store.build_once(plan, compile_into, force=force)
+    _log.info("engine: %s%s", folder, " (stored)" if was_stored else "")
     return Engine(folder=folder, key=key, was_stored=was_stored)
 
 
@@ -192,7 +190,9 @@ def parse(argv: list[str]) -> tuple[BuildRequest, Options, argparse.Namespace]:
     )
     what.add_argument("--tp", type=_positive, default=1, metavar="N", help="tensor parallel GPUs (default: 1)")
     what.add_argument("--pp", type=_positive, default=1, metavar="N", help="pipeline parallel GPUs (default: 1)")
-    what.add_argument("--gpu", metavar="PRODUCT", help="GPU product to build for, as in the label nvidia.com/gpu.product")
+    what.add_argument(
+        "--gpu", metavar="PRODUCT", help="GPU product to build for, as in the label nvidia.com/gpu.product"
+    )
     what.add_argument(
         "--max-batch-size", type=_positive, metavar="N", help="sequences generated at the same time (default: 16)"
     )
@@ -229,6 +229,7 @@ def parse(argv: list[str]) -> tuple[BuildRequest, Options, argparse.Namespace]:
     )
     how = parser.add_argument_group("how")
     how.add_argument("--plan", action="store_true", help="print what would be built, and stop")
+    how.add_argument("--force", action="store_true", help="build even if the store has this engine, and replace it")
     how.add_argument("--verify", action="store_true", help="compare the engine's greedy tokens with transformers")
     how.add_argument("--json", action="store_true", help="print one JSON result on stdout, errors included")
     how.add_argument("-v", "--verbose", action="count", default=0, help="more log lines; twice: tracebacks too")
@@ -255,6 +256,7 @@ def parse(argv: list[str]) -> tuple[BuildRequest, Options, argparse.Namespace]:
         offline=arguments.offline,
         plan_only=arguments.plan,
         verify=arguments.verify,
+        force=arguments.force,
     )
     return request, options, arguments
 
@@ -290,7 +292,9 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except Exception as error:  # a defect of ours: say so in a sentence, with the way to the details
         if arguments.verbose < 2:
-            error = RuntimeError(f"unexpected {type(error).__name__}: {error}; run again with -vv and report the traceback")
+            error = RuntimeError(
+                f"unexpected {type(error).__name__}: {error}; run again with -vv and report the traceback"
+            )
         return _report_error(error, 1, arguments)
     if arguments.json:
         print(json.dumps(report))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from checkpoint import Checkpoint
@@ -94,7 +93,9 @@ def choose_engine(choice: EngineChoice, gpu_products: Sequence[str]) -> tuple[En
     return "openvino", "auto: no NVIDIA GPU here"
 
 
-def make_plan(request: BuildRequest, checkpoint: Checkpoint, engine: EngineKind, versions: Mapping[str, str]) -> EnginePlan:
+def make_plan(
+    request: BuildRequest, checkpoint: Checkpoint, engine: EngineKind, versions: Mapping[str, str]
+) -> EnginePlan:
     """Decide everything that is open. Raises UsageError for limits that the model cannot have."""
     config = json.loads((checkpoint.path / "config.json").read_text())
     architectures = config.get("architectures") or []
@@ -128,7 +129,9 @@ def _limits(request: BuildRequest, config: Mapping[str, Any]) -> EngineLimits:
     if max_seq_len < 2:
         raise UsageError(f"--max-seq-len {max_seq_len} leaves no room for a prompt and an answer; use at least 2")
     if positions and max_seq_len > positions:
-        raise UsageError(f"--max-seq-len {max_seq_len} is more than the model's {positions} positions; use at most {positions}")
+        raise UsageError(
+            f"--max-seq-len {max_seq_len} is more than the model's {positions} positions; use at most {positions}"
+        )
     if max_input_len >= max_seq_len:
         raise UsageError(
             f"--max-input-len {max_input_len} leaves no room for an answer within --max-seq-len {max_seq_len}; "

@@ -115,7 +115,9 @@ def stream(address: str, model: str, question: str) -> None:
     with grpcclient.InferenceServerClient(address) as client:
         client.start_stream(lambda result, error: answers.put((result, error)))
         started = time.perf_counter()
-        client.async_stream_infer(model, inputs_for(grpcclient, question, streaming=True), enable_empty_final_response=True)
+        client.async_stream_infer(
+            model, inputs_for(grpcclient, question, streaming=True), enable_empty_final_response=True
+        )
         while not final:
             result, error = answers.get(timeout=60)
             if error is not None:

@@ -65,8 +65,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     address.add_argument("--grpc-port", type=int, default=8001, metavar="PORT")
     address.add_argument("--metrics-port", type=int, default=8002, metavar="PORT")
     server = parser.add_argument_group("the server")
-    server.add_argument("--exit-timeout", type=int, default=30, metavar="SECONDS", help="how long SIGTERM waits for requests")
-    server.add_argument("--tritonserver", type=Path, metavar="FILE", help="a tritonserver binary, instead of the one found")
+    server.add_argument(
+        "--exit-timeout", type=int, default=30, metavar="SECONDS", help="how long SIGTERM waits for requests"
+    )
+    server.add_argument(
+        "--tritonserver", type=Path, metavar="FILE", help="a tritonserver binary, instead of the one found"
+    )
     server.add_argument("--log-verbose", type=int, default=0, metavar="LEVEL", help="tritonserver's verbose log level")
     server.add_argument("--log-file", type=Path, metavar="FILE", help="tritonserver's log goes there instead of stderr")
     server.add_argument("--quiet", action="store_true", help="only warnings and errors in tritonserver's log")
@@ -79,11 +83,15 @@ def check_repository(path: Path) -> dict:
     """The repository's record. Raises ServeError for a folder that is no repository of ours."""
     record = path / "repository.json"
     if not path.is_dir():
-        raise ServeError(f"{path} is not a folder; build a repository with: python build/engines.py --model MODEL --output {path}")
+        raise ServeError(
+            f"{path} is not a folder; build a repository with: python build/engines.py --model MODEL --output {path}"
+        )
     try:
         return json.loads(record.read_text())
     except FileNotFoundError:
-        raise ServeError(f"{path} has no repository.json, so build/engines.py did not assemble it; give its --output folder") from None
+        raise ServeError(
+            f"{path} has no repository.json, so build/engines.py did not assemble it; give its --output folder"
+        ) from None
     except ValueError as error:
         raise ServeError(f"{record} is damaged ({error}); assemble the repository again") from None
 

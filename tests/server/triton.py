@@ -30,9 +30,14 @@ DATATYPES: dict[str, tuple[Any, str]] = {
     "text_input": (np.object_, "BYTES"),
     "stop_words": (np.object_, "BYTES"),
     "bad_words": (np.object_, "BYTES"),
-    **dict.fromkeys(("stream", "apply_chat_template", "exclude_input_in_output", "skip_special_tokens"), (np.bool_, "BOOL")),
     **dict.fromkeys(
         (
+            "stream",
+            "streaming",
+            "stop",
+            "apply_chat_template",
+            "exclude_input_in_output",
+            "skip_special_tokens",
             "return_log_probs",
             "return_context_logits",
             "return_generation_logits",
@@ -83,7 +88,9 @@ class Server:
         deadline = time.monotonic() + READY_SECONDS
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                raise AssertionError(f"the server ended with {self.process.returncode}:\n{self.log.read_text()[-6000:]}")
+                raise AssertionError(
+                    f"the server ended with {self.process.returncode}:\n{self.log.read_text()[-6000:]}"
+                )
             try:
                 self.get("/v2/health/ready")
                 return self
@@ -135,21 +142,23 @@ class Server:
 
     def infer_http(self, model: str | None = None, **values: Any) -> dict[str, np.ndarray]:
         with httpclient.InferenceServerClient(f"127.0.0.1:{self.http_port}", network_timeout=ANSWER_SECONDS) as client:
-            result = client.infer(model or self.infer_name, _inputs(httpclient, values))
+            result = client.infer(model or self.infer_name, tensors(httpclient, values))
             return {output["name"]: result.as_numpy(output["name"]) for output in result.get_response()["outputs"]}
 
     def infer_grpc(self, model: str | None = None, **values: Any) -> dict[str, np.ndarray]:
         with grpcclient.InferenceServerClient(f"127.0.0.1:{self.grpc_port}") as client:
-            result = client.infer(model or self.infer_name, _inputs(grpcclient, values), client_timeout=ANSWER_SECONDS)
+            result = client.infer(model or self.infer_name, tensors(grpcclient, values), client_timeout=ANSWER_SECONDS)
             return {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
 
-    def stream_grpc(self, model: str | None = None, request_id: str = "", **values: Any) -> Iterator[dict[str, np.ndarray]]:
+    def stream_grpc(
+        self, model: str | None = None, request_id: str = "", **values: Any
+    ) -> Iterator[dict[str, np.ndarray]]:
         """The responses of one streamed request; the last one may be empty. Raises ServerError."""
         answers: queue.SimpleQueue = queue.SimpleQueue()
         with grpcclient.InferenceServerClient(f"127.0.0.1:{self.grpc_port}") as client:
             client.start_stream(lambda result, error: answers.put((result, error)))
             client.async_stream_infer(
-                model or self.name, _inputs(grpcclient, values), request_id=request_id, enable_empty_final_response=True
+                model or self.name, tensors(grpcclient, values), request_id=request_id, enable_empty_final_response=True
             )
             final = False
             while not final:
@@ -177,7 +186,7 @@ class Server:
         return int(self.metric("nv_trt_llm_request_metrics", request_type="active"))
 
 
-def _inputs(client: Any, values: Mapping[str, Any]) -> list[Any]:
+def tensors(client: Any, values: Mapping[str, Any]) -> list[Any]:
     """A tensor per value: a numpy array as it is, a list as one row per prompt, anything else as [1, 1]."""
     inputs = []
     for name, value in values.items():

@@ -39,9 +39,7 @@ class TritonPythonModel:
                     self._states.forget(header.key)
                     self._cancel.cancel_key(header.key)
                 message = "the client cancelled the request"
-                return pb_utils.InferenceResponse(
-                    error=pb_utils.TritonError(message, pb_utils.TritonError.CANCELLED)
-                )
+                return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.CANCELLED))
             text = np.array([[text.encode() for text in self._texts(request, headers)]], np.object_)
             return pb_utils.InferenceResponse([pb_utils.Tensor("OUTPUT", text)])
         except Exception:

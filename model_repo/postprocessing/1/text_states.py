@@ -25,9 +25,7 @@ class TextStates:
     def text_of(self, header: ChunkHeader, ids: Sequence[int]) -> str:
         """The text that this chunk adds to its sequence."""
         if header.is_first:
-            stream = TextStream(
-                self._tokenizer, header.context, skip_special_tokens=not header.keep_special_tokens
-            )
+            stream = TextStream(self._tokenizer, header.context, skip_special_tokens=not header.keep_special_tokens)
             if not header.is_last:
                 self._states[header.key] = stream
                 if len(self._states) > MAX_STATES:

@@ -48,7 +48,9 @@ CLIENT_INPUTS = (
 )
 
 # Parameters of Triton's own protocols, which come along with a request.
-TRITON_PARAMETERS = frozenset({"id", "priority", "timeout", "sequence_id", "sequence_start", "sequence_end", "binary_data_output"})
+TRITON_PARAMETERS = frozenset(
+    {"id", "priority", "timeout", "sequence_id", "sequence_start", "sequence_end", "binary_data_output"}
+)
 
 
 class PromptError(Exception):
@@ -117,11 +119,11 @@ class PromptEncoder:
 
     def _apply_chat_template(self, prompt: str) -> str:
         if self.chat_template is None:
-            raise PromptError("apply_chat_template is true, but this model's tokenizer has no chat template; leave it out")
-        try:
-            return self.chat_template.render(
-                messages=[{"role": "user", "content": prompt}], add_generation_prompt=True
+            raise PromptError(
+                "apply_chat_template is true, but this model's tokenizer has no chat template; leave it out"
             )
+        try:
+            return self.chat_template.render(messages=[{"role": "user", "content": prompt}], add_generation_prompt=True)
         except jinja2.TemplateError as error:
             raise PromptError(f"the model's chat template refuses this prompt: {error}") from error
 

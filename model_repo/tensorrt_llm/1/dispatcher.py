@@ -289,6 +289,7 @@ class Dispatcher:
             case _Event(engine_key, EngineError() as error):
                 if self._fatal is None:
                     self._fail_all(error)
+                    self._on_fatal(error)
                 elif sequences := self._by_engine_key.get(engine_key):
                     self._close(sequences[0].answer.exchange, error)
             case _Begin(exchange, answers):
@@ -457,7 +458,6 @@ class Dispatcher:
         for exchange in list(self._exchanges):
             self._close(exchange, error)
         self._slots.release(self.max_in_flight)  # whoever waits in submit() finds `_fatal`
-        self._on_fatal(error)
 
     def _ask_who_is_gone(self, now: float) -> None:
         if now < self._next_cancel_poll or not self._exchanges:

@@ -152,7 +152,7 @@ def _read_value(kind: Any, value: Any, name: str) -> Any:
         case (origin, list()) if origin is list:
             return [_read_value(arguments[0], item, name) for item in value]
         case (origin, dict()) if origin is dict:
-            return {key: _read_value(arguments[1], item, f"{name}[{key!r}]") for key, item in value.items()}
+            return {key: _read_value(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
     if type(value) is not kind:  # no isinstance: True is no number here
         raise ValueError(f"has the unexpected value {value!r:.60} in field '{name}'")
     return value
@@ -255,8 +255,9 @@ def check_machine(
         _check_openvino(manifest, versions)
     if world_size < manifest.world_size:
         raise ManifestError(
-            f"built for {manifest.world_size} GPUs (--tp {manifest.tensor_parallel} --pp {manifest.pipeline_parallel}); "
-            f"this machine has {world_size}; give it more GPUs, or rebuild with a smaller --tp or --pp"
+            f"the engine was built for {manifest.world_size} GPUs "
+            f"(--tp {manifest.tensor_parallel} --pp {manifest.pipeline_parallel}); this machine has {world_size}; "
+            "give it more GPUs, or rebuild with a smaller --tp or --pp"
         )
 
 
@@ -266,13 +267,14 @@ def _check_tensorrt(manifest: EngineManifest, gpu: tuple[str, str] | None, versi
     if gpu is None or gpu != built_for:
         advice = f"rebuild with --gpu {gpu[0]}" if gpu else "serve it on that GPU, or rebuild with --engine openvino"
         raise ManifestError(
-            f"built for {_gpu(built_for)} with {_package('tensorrt_llm', manifest.versions)}; "
+            f"the engine was built for {_gpu(built_for)} with {_package('tensorrt_llm', manifest.versions)}; "
             f"this machine has {_gpu(gpu)}; {advice}"
         )
     for package in ("tensorrt_llm", "tensorrt"):
         if versions.get(package) is None or versions[package] != manifest.versions.get(package):
             raise ManifestError(
-                f"built with {_package(package, manifest.versions)}; this machine has {_package(package, versions)}; "
+                f"the engine was built with {_package(package, manifest.versions)}; "
+                f"this machine has {_package(package, versions)}; "
                 "rebuild in the container that serves, or serve in the one that built it"
             )
 
@@ -283,8 +285,8 @@ def _check_openvino(manifest: EngineManifest, versions: Mapping[str, str]) -> No
     if built is None or here is None or here < built:
         advice = f"install openvino>={built[0]}.{built[1]} to serve it, or " if built else ""
         raise ManifestError(
-            f"built with {_package('openvino', manifest.versions)}; this machine has {_package('openvino', versions)}; "
-            f"{advice}rebuild with the release that serves"
+            f"the engine was built with {_package('openvino', manifest.versions)}; "
+            f"this machine has {_package('openvino', versions)}; {advice}rebuild with the release that serves"
         )
 
 

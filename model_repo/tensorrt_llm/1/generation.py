@@ -9,7 +9,7 @@ The life of a request, as these types see it:
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 # "" on every step but a sequence's last. "cancelled" is ours: an engine only ever reports the other two.
@@ -96,6 +96,10 @@ class EngineStats:
     kv_blocks_max: int
     kv_blocks_used: int
     kv_tokens_per_block: int
+
+    def when_idle(self) -> EngineStats:
+        """The same engine with nothing to do."""
+        return replace(self, num_active_requests=0, num_scheduled_requests=0, kv_blocks_used=0)
 
 
 class Engine(Protocol):

@@ -64,7 +64,9 @@ class RequestReader:
         """All prompts of one request. Raises RequestError for the first thing that is wrong."""
         input_ids = tensors.get("input_ids")
         if input_ids is None:
-            raise RequestError("input_ids is missing: the model tensorrt_llm takes token ids; send text to the ensemble")
+            raise RequestError(
+                "input_ids is missing: the model tensorrt_llm takes token ids; send text to the ensemble"
+            )
         if input_ids.ndim != 2 or not input_ids.shape[0]:
             raise RequestError(f"input_ids has shape {list(input_ids.shape)}; it must be [prompts, tokens]")
         return [self._read_row(_Row(tensors, row)) for row in range(input_ids.shape[0])]
@@ -135,7 +137,9 @@ class RequestReader:
             )
         if min(ids) < 0 or max(ids) >= self.limits.vocab_size:
             wrong = next(i for i in ids if not 0 <= i < self.limits.vocab_size)
-            raise RequestError(f"input_ids holds {wrong}; token ids of this model are 0 to {self.limits.vocab_size - 1}")
+            raise RequestError(
+                f"input_ids holds {wrong}; token ids of this model are 0 to {self.limits.vocab_size - 1}"
+            )
         return ids
 
     def _refuse_what_no_engine_gives(self, row: _Row) -> None:
@@ -283,7 +287,9 @@ class _Row:
         value = self._one(name)
         return default if value is None else int(value)
 
-    def number(self, name: str, default: float, *, at_least: float | None = None, at_most: float | None = None) -> float:
+    def number(
+        self, name: str, default: float, *, at_least: float | None = None, at_most: float | None = None
+    ) -> float:
         value = self._one(name)
         if value is None:
             return default
@@ -298,7 +304,9 @@ class _Row:
         """One value under its present or its older name."""
         value, old_value = self._one(name), self._one(old_name)
         if value is not None and old_value is not None and value != old_value:
-            raise RequestError(f"{name} is {value} and {old_name} is {old_value}; they mean the same, so send one of them")
+            raise RequestError(
+                f"{name} is {value} and {old_name} is {old_value}; they mean the same, so send one of them"
+            )
         return int(next((v for v in (value, old_value) if v is not None), default))
 
     def word_list(self, name: str) -> list[tuple[int, ...]]:
@@ -329,4 +337,3 @@ def _utf8(value: bytes, name: str) -> str:
         return value.decode()
     except UnicodeDecodeError as error:
         raise RequestError(f"{name} is not UTF-8: byte {error.start} is 0x{value[error.start]:02x}") from None
-

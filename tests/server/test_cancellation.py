@@ -1,0 +1,131 @@
+"""Whoever goes away frees what he held; whoever stays gets exactly one end."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import queue
+import threading
+import time
+
+import numpy as np
+import pytest
+import tritonclient.grpc as grpcclient
+from triton import Server, ServerError, tensors
+
+# Long enough that no test waits for its natural end: seconds, where a cancelled one takes milliseconds.
+LONG = {"text_input": "Count", "max_tokens": 1000, "end_id": -1}
+LONG_IDS = {"input_ids": np.array([[5, 6]], np.int32), "request_output_len": 1000, "end_id": -1, "streaming": True}
+FREED_SECONDS = 0.2 + 0.1  # the issue's bound, and the age that the gauge may have
+
+
+def wait_for_active(server: Server, number: int, seconds: float = 10) -> float:
+    """Seconds until the engine has this many requests."""
+    started = time.monotonic()
+    while server.active_requests() != number:
+        if time.monotonic() - started > seconds:
+            raise AssertionError(f"{server.active_requests()} requests are active after {seconds} s, not {number}")
+        time.sleep(0.005)
+    return time.monotonic() - started
+
+
+@pytest.fixture(autouse=True)
+def idle(server: Server):
+    wait_for_active(server, 0)
+    yield
+    wait_for_active(server, 0)
+
+
+def start_grpc_stream(server: Server, model: str, request_id: str = "", **values):
+    """An open stream whose first response has come, and the queue of what comes after it."""
+    answers: queue.SimpleQueue = queue.SimpleQueue()
+    client = grpcclient.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
+    client.start_stream(lambda result, error: answers.put((result, error)))
+    client.async_stream_infer(
+        model, tensors(grpcclient, values), request_id=request_id, enable_empty_final_response=True
+    )
+    result, error = answers.get(timeout=30)
+    assert error is None, error
+    return client, answers
+
+
+def test_a_cancelled_grpc_stream_frees_its_slot(server: Server):
+    client, _ = start_grpc_stream(server, server.name, **LONG, stream=True)
+    wait_for_active(server, 1)
+    client.stop_stream(cancel_requests=True)
+    assert wait_for_active(server, 0) < FREED_SECONDS
+
+
+def test_a_closed_http_stream_frees_its_slot(server: Server):
+    connection = http.client.HTTPConnection("127.0.0.1", server.http_port, timeout=30)
+    connection.request("POST", f"/v2/models/{server.name}/generate_stream", json.dumps({**LONG, "stream": True}))
+    connection.getresponse().readline()
+    wait_for_active(server, 1)
+    connection.sock.close()
+    connection.close()
+    assert wait_for_active(server, 0) < FREED_SECONDS
+
+
+def test_a_cancelled_grpc_infer_frees_its_slot(server: Server):
+    errors: queue.SimpleQueue = queue.SimpleQueue()
+    with grpcclient.InferenceServerClient(f"127.0.0.1:{server.grpc_port}") as client:
+        call = client.async_infer(
+            server.infer_name, tensors(grpcclient, LONG), callback=lambda result, error: errors.put(error)
+        )
+        wait_for_active(server, 1)
+        call.cancel()
+        assert wait_for_active(server, 0) < FREED_SECONDS
+        assert "cancelled" in str(errors.get(timeout=10)).lower()
+
+
+def test_a_cancelled_stream_of_token_ids_frees_its_slot(server: Server):
+    client, _ = start_grpc_stream(server, "tensorrt_llm", **LONG_IDS)
+    wait_for_active(server, 1)
+    client.stop_stream(cancel_requests=True)
+    assert wait_for_active(server, 0) < FREED_SECONDS
+
+
+def test_a_stop_request_ends_the_request_with_its_id(server: Server):
+    client, answers = start_grpc_stream(server, "tensorrt_llm", request_id="mine", **LONG_IDS)
+    wait_for_active(server, 1)
+    client.async_stream_infer("tensorrt_llm", tensors(grpcclient, {"stop": True}), request_id="mine")
+    assert wait_for_active(server, 0) < FREED_SECONDS
+    error = None
+    while error is None:
+        _, error = answers.get(timeout=10)
+    assert "request 'mine' was stopped" in str(error)
+    client.stop_stream()
+
+
+def test_a_stop_request_without_an_id_is_refused(server: Server):
+    with pytest.raises(ServerError, match="has no id"):
+        list(server.stream_grpc("tensorrt_llm", stop=True))
+
+
+def test_a_cancelled_request_leaves_the_others_alone(server: Server):
+    expected = server.generate(text_input="Count", max_tokens=300, end_id=-1)["text_output"]
+    answers: list[str] = []
+    stays = threading.Thread(
+        target=lambda: answers.append(server.generate(text_input="Count", max_tokens=300, end_id=-1)["text_output"])
+    )
+    client, _ = start_grpc_stream(server, server.name, **LONG, stream=True)
+    stays.start()
+    client.stop_stream(cancel_requests=True)
+    stays.join()
+    assert answers == [expected]
+
+
+def test_a_hundred_streams_cancelled_at_once_leave_nothing_behind(server: Server):
+    clients = []
+    for _ in range(8):
+        answers: queue.SimpleQueue = queue.SimpleQueue()
+        client = grpcclient.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
+        client.start_stream(lambda result, error, answers=answers: answers.put((result, error)))
+        for _ in range(13):
+            client.async_stream_infer(server.name, tensors(grpcclient, {**LONG, "stream": True}))
+        answers.get(timeout=30)
+        clients.append(client)
+    for client in clients:
+        client.stop_stream(cancel_requests=True)
+    wait_for_active(server, 0, seconds=30)
+    assert server.generate(text_input="The capital of France is", max_tokens=8)["text_output"].startswith(" Paris")
