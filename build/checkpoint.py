@@ -55,9 +55,8 @@ PARALLEL_DOWNLOADS = 8  # as many as huggingface_hub's snapshot_download takes
 DEFAULT_REVISION = "main"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_ID = re.compile(r"(?:\w(?:[\w.-]*\w)?/)?(\w(?:[\w.-]{0,94}\w)?)", re.ASCII)  # the hub's own rule
-REVISION = re.compile(
-    r"[^\s\x00-\x1f/~^:?*\[\\-][^\s\x00-\x1f~^:?*\[\\]*"
-)  # git's rule for names, and no option or absolute path
+# What git allows in a name, and neither an option nor an absolute path.
+REVISION = re.compile(r"[^\s\x00-\x1f/~^:?*\[\\-][^\s\x00-\x1f~^:?*\[\\]*")
 
 CONFIG_FILES = {
     "config.json",
@@ -79,6 +78,8 @@ WEIGHTS_ENTRIES = (  # the first that is there is taken, as transformers does; n
 )
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 MAX_SAFETENSORS_HEADER_BYTES = 100_000_000  # the format's own limit
+LONG_TO_HASH_BYTES = 1_000_000_000  # a second or more; worth a line in the log
+TIME_STAMP_STEP_NS = 2_000_000_000  # of the coarsest file systems
 LFS_POINTER = b"version https://git-lfs"
 
 Result = TypeVar("Result")
@@ -120,7 +121,11 @@ def resolve(
     if folder is not None:
         if revision is not None:
             raise UsageError(f"--revision {revision!r} is for hub ids, and {model!r} is a local folder; leave it out")
-        return _from_folder(folder, trust_remote_code=trust_remote_code, digest_cache=digest_cache)
+        remedy = "copy or download the checkpoint into it again"
+        if HUB_ID.fullmatch(model):
+            remedy += f", or say '{model}@{DEFAULT_REVISION}' for the model on the hub"
+        place = _Place(f"folder {str(folder)!r}", remedy)
+        return _from_folder(folder, place, trust_remote_code=trust_remote_code, digest_cache=digest_cache)
 
     from huggingface_hub import constants
 
@@ -367,8 +372,7 @@ def _read_object(path: Path, place: _Place) -> dict[str, Any]:
 # --- a local folder
 
 
-def _from_folder(folder: Path, *, trust_remote_code: bool, digest_cache: Path | None) -> Checkpoint:
-    place = _Place(f"folder {str(folder)!r}", "copy or download the checkpoint into it again")
+def _from_folder(folder: Path, place: _Place, *, trust_remote_code: bool, digest_cache: Path | None) -> Checkpoint:
     try:
         names = {entry.name for entry in os.scandir(folder) if entry.is_file()}
     except OSError as error:
@@ -393,32 +397,33 @@ def _file_digests(
     known_path = digest_cache / "file-digests.json" if digest_cache is not None else None
     known = _load_json(known_path, {}) if known_path is not None else {}
     paths = {name: (folder / name).resolve() for name in files}
+    now_ns = time.time_ns()
 
     def identity(path: Path) -> list[int]:
         status = path.stat()
         return [status.st_size, status.st_mtime_ns, status.st_ino]
 
     def file_digest(path: Path) -> str:
-        before = identity(path)
-        cached = known.get(str(path))
-        if cached and cached[:3] == before:
-            return str(cached[3])
         digest = _sha256(path)
-        if identity(path) != before:
+        if identity(path) != identities[path]:
             raise CheckpointError(f"{place.what} changes while it is read ({path.name}); wait until it is written")
-        if time.time_ns() - before[1] > 2_000_000_000:  # a file this young could change again with the same time
-            fresh[str(path)] = [*before, digest]
         return digest
 
-    fresh: dict[str, list[Any]] = {}
     try:
+        identities = {path: identity(path) for path in paths.values()}
+        to_hash = [path for path in paths.values() if known.get(str(path), [])[:3] != identities[path]]
+        if (num_bytes := sum(identities[path][0] for path in to_hash)) >= LONG_TO_HASH_BYTES:
+            log.info("hashing %s of %s", _human(num_bytes), place.what)
         with ThreadPoolExecutor(max_workers=4) as pool:
-            digests = list(pool.map(file_digest, paths.values()))
+            fresh = dict(zip(to_hash, pool.map(file_digest, to_hash), strict=True))
     except OSError as error:
         raise CheckpointError(f"{place.what} cannot be read: {error.filename}: {error.strerror}") from error
     if known_path is not None and fresh:
-        _write(known_path, json.dumps({**_load_json(known_path, {}), **fresh}))
-    return list(zip(paths, digests, strict=True))
+        # A file as young as its time stamp is coarse could change again and keep it, so it is not remembered.
+        old = {path: digest for path, digest in fresh.items() if now_ns - identities[path][1] > TIME_STAMP_STEP_NS}
+        rows = {str(path): [*identities[path], digest] for path, digest in old.items()}
+        _write(known_path, json.dumps(_load_json(known_path, {}) | rows))
+    return [(name, fresh[path] if path in fresh else known[str(path)][3]) for name, path in paths.items()]
 
 
 # --- a hub id
@@ -498,7 +503,7 @@ def _list_files(repository: _Repository, *, offline: bool) -> tuple[str, dict[st
     commit = repository.revision if COMMIT.fullmatch(repository.revision) else None
     if commit is None and offline:
         commit = _cached_commit(repository)
-    stored = _load_json(repository.folder / ".listing" / f"{commit}.json", None) if commit else None
+    stored = _load_json(repository.folder / ".listing" / f"{commit}.json", []) if commit else []
     if commit and stored:
         return commit, {row[0]: _File(*row) for row in stored}
     if offline:
@@ -617,7 +622,7 @@ def _download(repository: _Repository, commit: str, files: list[_File], *, quiet
 
     progress = _Progress(repository, commit, files, quiet=quiet)
     for _ in range(min(PARALLEL_DOWNLOADS, len(files))):
-        threading.Thread(target=work, daemon=True).start()
+        threading.Thread(target=work, daemon=True, name="fetch").start()
     try:
         for _ in files:
             file, error = progress.wait_for(done)
@@ -785,7 +790,7 @@ def _may_pass(error: BaseException) -> bool:
     """Whether the same request may succeed a little later."""
     if _is_a(error, "SSLError", "ProxyError"):
         return False
-    if _is_a(error, "ConnectionError", "Timeout", "ChunkedEncodingError", "TransportError"):
+    if _is_a(error, "ConnectionError", "Timeout", "ChunkedEncodingError", "TransportError", "TimeoutError"):
         return True
     response = getattr(error, "response", None)
     if response is None:
@@ -887,7 +892,7 @@ def _explain(error: BaseException, repository: _Repository, what: str, bytes_to_
         return CheckpointError(f"{endpoint} is in trouble (HTTP {status}, several tries); try later, {elsewhere}")
     if _is_a(error, "MissingSchema", "InvalidSchema", "InvalidURL", "UnsupportedProtocol"):
         return CheckpointError(f"HF_ENDPOINT {endpoint!r} is not an address; it must look like https://host")
-    if isinstance(error, json.JSONDecodeError | KeyError | TypeError | hub.FileMetadataError):
+    if _is_a(error, "JSONDecodeError", "KeyError", "TypeError", "FileMetadataError"):
         return CheckpointError(
             f"{endpoint} does not answer as a Hugging Face hub does; check HF_ENDPOINT, and whether a proxy or login "
             f"page stands between, or {elsewhere}"
@@ -946,10 +951,12 @@ def _free_bytes(folder: Path) -> int:
 
 
 def _load_json(path: Path, default: Any) -> Any:
+    """What a file of ours holds; `default` if it is missing, damaged or of another type."""
     try:
-        return json.loads(path.read_bytes())
+        data = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return default
+    return data if isinstance(data, type(default)) else default
 
 
 def _write(path: Path, text: str, *, temporary_in: Path | None = None) -> None:
@@ -957,6 +964,7 @@ def _write(path: Path, text: str, *, temporary_in: Path | None = None) -> None:
     temporary = (temporary_in or path.parent) / f".{path.name}.{os.getpid()}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text)
         os.replace(temporary, path)
     except OSError as error:

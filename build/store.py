@@ -152,12 +152,12 @@ class Store:
 
     def _remove_leftovers(self, own_key: str) -> None:
         """What killed builders left: it has no builder if its lock is free."""
-        for leftover in self._building.glob("[0-9a-f]*.*"):
+        for leftover in self._building.iterdir():
             key = leftover.name.partition(".")[0]
             if key == own_key:  # its lock is ours; opening and closing the file once more would drop it
                 shutil.rmtree(leftover, ignore_errors=True)
                 continue
-            with suppress(OSError), open(self._locks / key, "ab") as lock:  # some may be another user's
+            with suppress(OSError), open(self._locks / key, "ab") as lock:  # not what is another user's
                 if _try_lock(lock.fileno()):
                     shutil.rmtree(leftover, ignore_errors=True)
 
@@ -242,7 +242,7 @@ def _make_durable(folder: Path) -> None:
     """Flush every file. Who may read `folder` may read them too: some libraries write files for their user only."""
     readable = folder.stat().st_mode & 0o555
     for path in folder.rglob("*"):
-        with suppress(PermissionError):  # file systems without modes
+        with suppress(PermissionError):  # file systems without modes of their own
             path.chmod(path.stat().st_mode | (readable if path.is_dir() else readable & 0o444))
         if path.is_dir():
             fsync_folder(path)

@@ -101,8 +101,8 @@ class TritonPythonModel:
                     rows[int(tensors["batch_index"].ravel()[0])] = tensors
         finally:
             del self._in_flight[key]
-        if not rows:
-            return _failed("the server ended this request without an answer", pb_utils.TritonError.INTERNAL)
+        if not rows:  # the only request that ends without an answer is a cancelled one
+            return _failed("the request was cancelled", pb_utils.TritonError.CANCELLED)
         ordered = [rows[index] for index in sorted(rows)]
         return pb_utils.InferenceResponse(
             [pb_utils.Tensor(name, _stack([row[name] for row in ordered])) for name in call.output_names]

@@ -32,20 +32,29 @@ class TritonPythonModel:
         self._cancel.close()
 
     def _respond(self, request) -> pb_utils.InferenceResponse:
+        headers = []
         try:
             headers = self._headers(request)
             if request.is_cancelled():
-                for header in headers:
-                    self._states.forget(header.key)
-                    self._cancel.cancel_key(header.key)
-                message = "the client cancelled the request"
-                return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.CANCELLED))
-            text = np.array([[text.encode() for text in self._texts(request, headers)]], np.object_)
+                # Nobody reads this text, but it must not be an error: while tensorrt_llm still works for the same
+                # request, that makes Triton before 26.03 count it as in flight for ever, and wait for it at shutdown.
+                self._cancel_all(headers)
+                texts = [""] * len(headers)
+            else:
+                texts = self._texts(request, headers)
+            text = np.array([[text.encode() for text in texts]], np.object_)
             return pb_utils.InferenceResponse([pb_utils.Tensor("OUTPUT", text)])
         except Exception:
             logging.exception("a chunk could not be decoded")
+            self._cancel_all(headers)
             message = "the server failed to decode this answer; its log has the reason"
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INTERNAL))
+
+    def _cancel_all(self, headers: list[ChunkHeader]) -> None:
+        for header in headers:
+            if not header.is_last:
+                self._states.forget(header.key)
+                self._cancel.cancel_key(header.key)
 
     @staticmethod
     def _headers(request) -> list[ChunkHeader]:

@@ -37,6 +37,8 @@ _log = logging.getLogger(__name__)
 _CANCEL_POLL_SECONDS = 0.1
 _CANCEL_POLLS_AT_ONCE = 16
 
+_OUR_FAULT = "the server failed on this request; its log has the reason"
+
 
 class RequestCancelled(RequestError):
     """Nobody waits for this request any more."""
@@ -117,6 +119,7 @@ class _Sequence:
     cumulative_log_prob: float = 0.0
     trim_characters: int = 0
     finish_reason: FinishReason = ""
+    cut_short: bool = False  # ended by us: for all we know, the engine goes on with it
     is_first: bool = True
     next_send: float = 0.0  # monotonic seconds
 
@@ -162,6 +165,8 @@ class Dispatcher:
     ):
         self._engine, self._tokenizer, self._on_fatal = engine, tokenizer, on_fatal
         self._seconds_per_response = 1.0 / responses_per_second
+        added = tokenizer.get_added_tokens_decoder()
+        self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
         # A slot that becomes free is refilled by the engine itself, from the margin, before Triton hands over the next.
         margin = max(1, engine.limits.max_batch_size // 8)
         self.max_in_flight = engine.limits.max_batch_size + margin
@@ -191,8 +196,6 @@ class Dispatcher:
                 self._slots.acquire()
                 if self._fatal is not None or exchange.closed:
                     self._slots.release()
-                    if self._fatal is not None:
-                        self._events.put(_Event(generation.key, self._fatal))
                     continue
                 answer.scheduled_ns = answer.scheduled_ns or time.time_ns()
                 self._events.put(_Admitted(exchange, generation.key))
@@ -218,7 +221,10 @@ class Dispatcher:
         return len(self._by_engine_key)
 
     def close(self) -> None:
-        """Fail what is still in flight and end the thread. The engine is the caller's to shut down."""
+        """Fail what is still in flight and end the thread. The engine is the caller's to shut down.
+
+        Nothing may be submitted any more: Triton finalizes a model after its last `execute` has returned.
+        """
         self._events.put(EngineError("the server is shutting down; send the request again"))
         self._thread.join()
 
@@ -233,8 +239,10 @@ class Dispatcher:
                 matcher = None
                 if prompt.stop_words:
                     context = prompt.prompt_ids[-CONTEXT_TOKENS:]
-                    text = TextStream(self._tokenizer, context, skip_special_tokens=not prompt.keep_special_tokens)
-                    matcher = StopWordMatcher(prompt.stop_words, text)
+                    keep = prompt.keep_special_tokens
+                    text = TextStream(self._tokenizer, context, skip_special_tokens=not keep)
+                    ids = () if keep else {self._special_ids.get(word) for word in prompt.stop_words} - {None}
+                    matcher = StopWordMatcher(prompt.stop_words, text, ids)
                 sequence = _Sequence(
                     answer=answer,
                     engine_key=generation.key,
@@ -259,6 +267,8 @@ class Dispatcher:
                     self._handle(event)
                 except Exception:
                     _log.exception("dispatcher failed on %r", event)
+                    if isinstance(event, _Event):
+                        self._fail_one(event.engine_key, RuntimeError(_OUR_FAULT))
             now = time.monotonic()
             self._send_what_is_due(now)
             self._ask_who_is_gone(now)
@@ -284,14 +294,11 @@ class Dispatcher:
             case _Event(engine_key, Step() as step):
                 self._take_step(engine_key, step)
             case _Event(engine_key, RequestError() as error):
-                if sequences := self._by_engine_key.get(engine_key):
-                    self._close(sequences[0].answer.exchange, error)
-            case _Event(engine_key, EngineError() as error):
+                self._fail_one(engine_key, error)
+            case _Event(_, EngineError() as error):
                 if self._fatal is None:
                     self._fail_all(error)
                     self._on_fatal(error)
-                elif sequences := self._by_engine_key.get(engine_key):
-                    self._close(sequences[0].answer.exchange, error)
             case _Begin(exchange, answers):
                 self._begin(exchange, answers)
             case _Admitted(exchange, engine_key):
@@ -313,6 +320,8 @@ class Dispatcher:
             for sequence in answer.sequences:
                 self._by_engine_key.setdefault(sequence.engine_key, []).append(sequence)
                 self._by_text_key[sequence.text_key] = sequence
+        if self._fatal is not None:
+            self._close(exchange, self._fatal)
 
     def _take_step(self, engine_key: int, step: Step) -> None:
         sequences = self._by_engine_key.get(engine_key)
@@ -333,7 +342,8 @@ class Dispatcher:
         else:
             self._match_stop_words(sequence, step)
         if sequence.finish_reason:
-            self._finish(sequence, abort=not step.finish_reason)
+            sequence.cut_short = not step.finish_reason
+            self._finish(sequence)
         elif answer.prompt.streaming and sequence.token_ids:
             self._ready[sequence] = None
 
@@ -343,19 +353,20 @@ class Dispatcher:
             released = sequence.matcher.feed(token_id)
             self._let_go(sequence, released)
             if released.stopped:
-                sequence.finish_reason = "stop"
-                sequence.trim_characters = released.trim_characters
                 return
         if step.finish_reason:
-            self._let_go(sequence, sequence.matcher.finish())
             sequence.finish_reason = step.finish_reason
+            self._let_go(sequence, sequence.matcher.finish())
 
     @staticmethod
     def _let_go(sequence: _Sequence, released: Released) -> None:
         sequence.token_ids += sequence.held[: released.num_tokens]
         del sequence.held[: released.num_tokens]
+        if released.stopped:
+            sequence.finish_reason = "stop"
+            sequence.trim_characters = released.trim_characters
 
-    def _finish(self, sequence: _Sequence, *, abort: bool) -> None:
+    def _finish(self, sequence: _Sequence) -> None:
         answer = sequence.answer
         answer.sequences_left -= 1
         if answer.prompt.streaming or not answer.sequences_left:
@@ -363,7 +374,7 @@ class Dispatcher:
             sequence.next_send = 0.0
         siblings = self._by_engine_key[sequence.engine_key]
         if all(sibling.finish_reason for sibling in siblings):
-            self._release(sequence.engine_key, abort=abort)
+            self._release(sequence.engine_key, abort=any(sibling.cut_short for sibling in siblings))
 
     def _release(self, engine_key: int, *, abort: bool) -> None:
         """The engine is done with this key, or must be: its slot is free for the next request."""
@@ -379,10 +390,16 @@ class Dispatcher:
 
     def _send_what_is_due(self, now: float) -> None:
         for sequence in [s for s in self._ready if s.next_send <= now]:
+            exchange = sequence.answer.exchange
+            if exchange.closed:  # just now, by a sequence before this one
+                continue
             del self._ready[sequence]
-            if not sequence.answer.exchange.closed:
+            try:
                 self._send(sequence)
-                sequence.next_send = now + self._num_streams * self._seconds_per_response
+            except Exception:
+                _log.exception("a response could not be sent")
+                self._close(exchange, RuntimeError(_OUR_FAULT))
+            sequence.next_send = now + self._num_streams * self._seconds_per_response
 
     def _send(self, sequence: _Sequence) -> None:
         answer = sequence.answer
@@ -403,15 +420,10 @@ class Dispatcher:
             waiting = answer.sequences_left or any(s in self._ready for s in answer.sequences)
             exchange.prompts_left -= not waiting
         final = exchange.prompts_left == 0
+        exchange.responder.send(chunk, final=final)
         if final:
             exchange.closed = True
             self._exchanges.pop(exchange, None)
-        try:
-            exchange.responder.send(chunk, final=final)
-        except Exception as error:
-            _log.exception("a response could not be sent")
-            if not final:
-                self._close(exchange, RequestError(f"a response could not be sent: {error}"))
 
     def _take_chunk(self, sequence: _Sequence) -> SequenceChunk:
         prompt = sequence.answer.prompt
@@ -436,6 +448,10 @@ class Dispatcher:
             cumulative_log_prob=sequence.cumulative_log_prob,
             finish_reason=sequence.finish_reason,
         )
+
+    def _fail_one(self, engine_key: int, error: Exception) -> None:
+        if sequences := self._by_engine_key.get(engine_key):
+            self._close(sequences[0].answer.exchange, error)
 
     def _close(self, exchange: _Exchange, error: Exception) -> None:
         """End a request before its time: its one final response is `error`, and all it holds is free."""

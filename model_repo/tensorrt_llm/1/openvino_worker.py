@@ -88,7 +88,9 @@ class Worker:
     def _take_messages(self) -> list[tuple[int, RequestError, bool]]:
         """All that have come; waits for one when there is nothing to compute. Returns what was refused."""
         refused = []
-        while self._connection.poll(0 if self._running or refused else None):
+        wait = None if not self._running else 0
+        while self._connection.poll(wait):
+            wait = 0
             match self._connection.recv():
                 case ("submit", GenerationRequest() as request):
                     try:

@@ -67,6 +67,11 @@ class TritonResponder:
         self._sender.send(self._writer.write(chunk), flags)
 
     def fail(self, error: Exception) -> None:
+        if isinstance(error, RequestCancelled):
+            # Nobody reads it, and an error while a chunk is still on its way through the ensemble would leave that
+            # request in flight for ever (Triton before 26.03).
+            self.finish()
+            return
         response = pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), _code(error)))
         self._sender.send(response, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
@@ -80,8 +85,6 @@ class TritonResponder:
 
 def _code(error: Exception) -> int:
     match error:
-        case RequestCancelled():
-            return pb_utils.TritonError.CANCELLED
         case RequestError():
             return pb_utils.TritonError.INVALID_ARG
         case EngineError():

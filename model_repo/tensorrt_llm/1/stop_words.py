@@ -8,7 +8,7 @@ that `postprocessing` must cut from the end. So a stop word never shows, not eve
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from text_decoding import TextStream
@@ -24,10 +24,14 @@ class Released:
 
 
 class StopWordMatcher:
-    """Watches one sequence. `text_stream` must begin with the same context that postprocessing's will have."""
+    """Watches one sequence. `text_stream` must begin with the same context that postprocessing's will have.
 
-    def __init__(self, stop_words: Sequence[str], text_stream: TextStream):
+    `stop_ids` are stop words that `text_stream` cannot show: special tokens, where those are left out of the text.
+    """
+
+    def __init__(self, stop_words: Sequence[str], text_stream: TextStream, stop_ids: Collection[int] = ()):
         self._stop_words = tuple(stop_words)
+        self._stop_ids = stop_ids
         self._text_stream = text_stream
         self._tail = ""  # text not yet released, plus nothing else
         self._tail_ends: deque[int] = deque()  # per held token: where its text ends in `_tail`
@@ -37,18 +41,35 @@ class StopWordMatcher:
         searched = len(self._tail)
         self._tail += self._text_stream.feed((token_id,))
         self._tail_ends.append(len(self._tail))
-        found = [at for word in self._stop_words if (at := self._find(word, searched)) >= 0]
-        if found:
-            text = self._tail + self._text_stream.flush()
-            return Released(len(self._tail_ends), stopped=True, trim_characters=len(text) - min(found))
+        start = self._first_match(searched)
+        if start is not None:
+            self._tail += self._text_stream.flush()
+            return self._cut(start)
+        if token_id in self._stop_ids:
+            return self._end(stopped=True)
         return self._release(len(self._tail) - self._longest_beginning())
 
     def finish(self) -> Released:
-        """The sequence ended without a stop word: everything held may go."""
-        return Released(len(self._tail_ends))
+        """The sequence ended: everything held may go, unless the last character completes a stop word."""
+        return self._end(stopped=False)
 
-    def _find(self, word: str, searched: int) -> int:
-        return self._tail.find(word, max(0, searched - len(word) + 1))
+    def _end(self, *, stopped: bool) -> Released:
+        searched = len(self._tail)
+        self._tail += self._text_stream.flush()
+        start = self._first_match(searched)
+        return Released(len(self._tail_ends), stopped) if start is None else self._cut(start)
+
+    def _cut(self, start: int) -> Released:
+        return Released(len(self._tail_ends), stopped=True, trim_characters=len(self._tail) - start)
+
+    def _first_match(self, searched: int) -> int | None:
+        """Where the stop word begins that is complete first, as if characters came one by one; the longest of several."""
+        matches = []
+        for word in self._stop_words:
+            start = self._tail.find(word, max(0, searched - len(word) + 1))
+            if start >= 0:
+                matches.append((start + len(word), start))
+        return min(matches)[1] if matches else None
 
     def _longest_beginning(self) -> int:
         """Length of the longest end of the text that is the beginning of a stop word."""
