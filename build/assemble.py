@@ -26,7 +26,6 @@ class Settings:
     default_max_tokens: int = 256  # for requests that do not say; less where the engine has less room
     exclude_input_in_output: bool = True  # NVIDIA's repository echoes the prompt unless told not to; ours does not
     responses_per_second: float = 1000.0  # all streams together; see dispatcher.py
-    max_infer_requests: int = 512  # requests waiting in `<served name>_infer` at the same time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,18 +82,14 @@ def _write(folder: Path, engine: Path, repository: Repository, settings: Setting
         for target in targets:
             shutil.copytree(MODEL_REPO / source, folder / target, ignore=ignore, dirs_exist_ok=True)
             _rename(folder / target / "config.pbtxt", source, target)
-    _write_json(folder / "preprocessing/1/settings.json", {"default_max_tokens": settings.default_max_tokens})
-    _write_json(
-        folder / "tensorrt_llm/1/settings.json",
-        {
-            "exclude_input_in_output": settings.exclude_input_in_output,
-            "responses_per_second": settings.responses_per_second,
-        },
-    )
-    _write_json(
-        folder / repository.infer_name / "1/settings.json",
-        {"ensemble": repository.served_name, "max_requests": settings.max_infer_requests},
-    )
+    for_prompts = {"default_max_tokens": settings.default_max_tokens}
+    _write_json(folder / "preprocessing/1/settings.json", for_prompts)
+    _write_json(folder / repository.infer_name / "1/settings.json", for_prompts)
+    for_engine = {
+        "exclude_input_in_output": settings.exclude_input_in_output,
+        "responses_per_second": settings.responses_per_second,
+    }
+    _write_json(folder / "tensorrt_llm/1/settings.json", for_engine)
     shutil.copytree(engine, folder / "tensorrt_llm/1/engine", copy_function=_link_or_copy)
     _write_json(folder / RECORD, asdict(repository) | {"path": None})
 

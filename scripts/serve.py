@@ -82,6 +82,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def check_repository(path: Path) -> dict:
     """The repository's record. Raises ServeError for a folder that is no repository of ours."""
     record = path / "repository.json"
+    if any(character.isspace() for character in str(path.absolute())):
+        # Triton starts a model's process through a shell with the path unquoted, and then waits for it for ever.
+        raise ServeError(f"the path '{path.absolute()}' has a space, which Triton's Python backend cannot load; move it")
     if not path.is_dir():
         raise ServeError(
             f"{path} is not a folder; build a repository with: python build/engines.py --model MODEL --output {path}"

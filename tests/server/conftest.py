@@ -8,7 +8,7 @@ from pathlib import Path
 
 import engines
 import pytest
-from triton import ROOT, Server
+from running_server import ROOT, Server
 
 CHECKPOINT = ROOT / "scripts/demo_checkpoint/demo-gpt2"
 PROMPTS = ROOT / "scripts/demo_checkpoint/prompts.jsonl"

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import tritonclient.grpc as grpcclient
-from triton import Server, ServerError, tensors
+from running_server import Server, ServerError, tensors
 
 # Long enough that no test waits for its natural end: seconds, where a cancelled one takes milliseconds.
 LONG = {"text_input": "Count", "max_tokens": 1000, "end_id": -1}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import serve
-from triton import ROOT, Server
+from running_server import ROOT, Server
 
 LONG = {"text_input": "Count", "max_tokens": 1000, "end_id": -1}
 
@@ -76,7 +76,7 @@ def _children(pid: int) -> list[int]:
 
 
 def test_a_repository_works_wherever_it_is_moved(own_server, repository: Path, tmp_path: Path):
-    moved = tmp_path / "else where" / "moved"
+    moved = tmp_path / "elsewhere" / "moved"
     shutil.copytree(repository, moved)
     answer = own_server(moved).wait_until_ready().generate(text_input="The capital of France is", max_tokens=8)
     assert answer["text_output"].startswith(" Paris")
@@ -125,6 +125,14 @@ def test_a_folder_that_is_no_repository_is_named(tmp_path: Path):
     result = run(str(tmp_path))
     assert result.returncode == 2
     assert "has no repository.json" in result.stderr
+
+
+def test_a_path_with_a_space_is_refused_since_triton_would_hang(repository: Path, tmp_path: Path):
+    spaced = tmp_path / "else where"
+    shutil.copytree(repository, spaced)
+    result = run(str(spaced))
+    assert result.returncode == 2
+    assert "has a space" in result.stderr
 
 
 def test_a_taken_port_is_named(repository: Path):

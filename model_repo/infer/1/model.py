@@ -1,7 +1,7 @@
-"""The model `<served name>_infer`: the ensemble's answer as one response, for plain `infer()`.
+"""The model `<served name>_infer`: text to text in one response, for plain `infer()`.
 
-Triton refuses `infer()` on a model that streams, whether or not the request wants a stream. This model does not
-stream; it asks the ensemble from a thread per request, so that many requests wait at the same time.
+Triton refuses `infer()` on a model that streams, whether or not the request wants a stream. This one does not stream:
+it encodes and decodes with the code of preprocessing and postprocessing, and asks the engine through engine_channel.py.
 """
 
 from __future__ import annotations
@@ -10,109 +10,137 @@ import json
 import logging
 import sys
 import threading
-import uuid
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from cancel_channel import CancelSender
+from chunks import CONSTANT_ARRAYS, Chunk, chunk_arrays
+from engine_channel import EngineClient
+from generation import EngineError, RequestCancelled, RequestError
+from prompt_encoding import PromptEncoder, PromptError, refuse_unknown_parameters
+from prompt_tensors import encode_prompts
+from text_decoding import load_tokenizer
+from text_states import TextStates
 
 _CANCEL_POLL_SECONDS = 0.1
 
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """One request, with its values copied: Triton takes their memory back when `execute` returns."""
-
-    sender: object
-    request_id: str
-    parameters: dict
-    timeout_microseconds: int
-    inputs: list[tuple[str, np.ndarray]]
-    output_names: list[str]
+# Inputs that go to the engine as they are; the ensemble's config maps them in the same way.
+ENGINE_NAMES = {
+    "stream": "streaming",
+    "top_k": "runtime_top_k",
+    "top_p": "runtime_top_p",
+    "length_penalty": "len_penalty",
+    **{
+        name: name
+        for name in (
+            "end_id",
+            "pad_id",
+            "exclude_input_in_output",
+            "skip_special_tokens",
+            "temperature",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+            "min_tokens",
+            "min_length",
+            "seed",
+            "random_seed",
+            "beam_width",
+            "num_return_sequences",
+            "return_log_probs",
+            "return_context_logits",
+            "return_generation_logits",
+            "return_perf_metrics",
+            "return_num_input_tokens",
+            "return_num_output_tokens",
+        )
+    },
+}
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="infer: %(message)s")
-        settings = json.loads((Path(args["model_repository"]) / args["model_version"] / "settings.json").read_text())
-        self._ensemble = settings["ensemble"]
-        self._cancel = CancelSender()
-        self._in_flight: dict[str, _Call] = {}
+        model_folder = Path(args["model_repository"])
+        settings = json.loads((model_folder / args["model_version"] / "settings.json").read_text())
+        engine_folder = model_folder.parent / "tensorrt_llm" / "1" / "engine"
+        self._encoder = PromptEncoder.load(engine_folder, default_max_tokens=settings["default_max_tokens"])
+        self._texts = TextStates(load_tokenizer(engine_folder))
+        self._engine = EngineClient()
+        self._waiting: dict[int, _Answer] = {}
         self._stopping = threading.Event()
-        self._pool = ThreadPoolExecutor(settings["max_requests"], "infer")
         self._watcher = threading.Thread(target=self._watch, name="cancel", daemon=True)
         self._watcher.start()
 
     def execute(self, requests: list) -> None:
+        """Returns when the engine has taken the requests: what waits for a slot waits in Triton's queue."""
         for request in requests:
-            call = _Call(
-                request.get_response_sender(),
-                request.request_id(),
-                json.loads(request.parameters() or "{}"),
-                request.timeout(),
-                [(tensor.name(), tensor.as_numpy().copy()) for tensor in request.inputs()],
-                request.requested_output_names(),
-            )
-            self._pool.submit(self._answer, call)
+            answer = _Answer(request, self._texts)
+            try:
+                refuse_unknown_parameters(json.loads(request.parameters() or "{}"))
+                tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+                if "stream" in tensors and tensors["stream"].any():
+                    message = "stream is true, but this model gives one response; stream from the model without '_infer'"
+                    raise RequestError(message)
+                for_engine = encode_prompts(self._encoder, tensors)
+                for_engine |= {ENGINE_NAMES[name]: array for name, array in tensors.items() if name in ENGINE_NAMES}
+                self._waiting[self._engine.ask(for_engine, answer)] = answer
+            except (PromptError, RequestError, EngineError) as error:
+                answer.fail(error)
+            except Exception:
+                logging.exception("a request could not be read")
+                answer.fail(RuntimeError("the server failed on this request; its log has the reason"))
 
     def finalize(self) -> None:
-        self._pool.shutdown()
         self._stopping.set()
         self._watcher.join()
-        self._cancel.close()
-
-    def _answer(self, call: _Call) -> None:
-        try:
-            response = self._ask(call)
-        except pb_utils.TritonModelException as error:
-            response = _failed(str(error), pb_utils.TritonError.INTERNAL)
-        except Exception:
-            logging.exception("a request failed")
-            message = "the server failed on this request; its log has the reason"
-            response = _failed(message, pb_utils.TritonError.INTERNAL)
-        call.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-
-    def _ask(self, call: _Call) -> pb_utils.InferenceResponse:
-        for name, array in call.inputs:
-            if name == "stream" and array.any():
-                message = "stream is true, but this model gives one response; stream from the model without '_infer'"
-                return _failed(message, pb_utils.TritonError.INVALID_ARG)
-        # An id of its own, since the client's may be shared by others: cancelling must hit this request alone.
-        key = f"infer-{uuid.uuid4().hex}"
-        request = pb_utils.InferenceRequest(
-            model_name=self._ensemble,
-            request_id=key,
-            inputs=[pb_utils.Tensor(name, array) for name, array in call.inputs],
-            requested_output_names=list(dict.fromkeys([*call.output_names, "batch_index"])),
-            parameters=call.parameters,
-            timeout=call.timeout_microseconds,
-        )
-        self._in_flight[key] = call
-        try:
-            rows: dict[int, dict[str, np.ndarray]] = {}
-            for response in request.exec(decoupled=True):
-                if response.has_error():
-                    return pb_utils.InferenceResponse(error=response.error())
-                tensors = {tensor.name(): tensor.as_numpy().copy() for tensor in response.output_tensors()}
-                if tensors:
-                    rows[int(tensors["batch_index"].ravel()[0])] = tensors
-        finally:
-            del self._in_flight[key]
-        if not rows:  # the only request that ends without an answer is a cancelled one
-            return _failed("the request was cancelled", pb_utils.TritonError.CANCELLED)
-        ordered = [rows[index] for index in sorted(rows)]
-        return pb_utils.InferenceResponse(
-            [pb_utils.Tensor(name, _stack([row[name] for row in ordered])) for name in call.output_names]
-        )
+        self._engine.close()
 
     def _watch(self) -> None:
         while not self._stopping.wait(_CANCEL_POLL_SECONDS):
-            for key, call in list(self._in_flight.items()):
-                if call.sender.is_cancelled():
-                    self._cancel.cancel_request_id(key)
+            for number, answer in list(self._waiting.items()):
+                if answer.is_over or answer.sender.is_cancelled():
+                    self._engine.cancel(number)
+                    del self._waiting[number]
+
+
+class _Answer:
+    """Collects one request's prompts and sends them as one response (`engine_channel.Answers`)."""
+
+    def __init__(self, request, texts: TextStates):
+        self.sender = request.get_response_sender()
+        self.is_over = False
+        self._output_names = request.requested_output_names()
+        self._texts = texts
+        self._rows: dict[int, dict[str, np.ndarray]] = {}
+
+    def send(self, chunk: Chunk, *, final: bool) -> None:
+        texts = [self._texts.text_of(sequence.header, sequence.token_ids).encode() for sequence in chunk.sequences]
+        row = {"text_output": np.array([texts], np.object_), **CONSTANT_ARRAYS, **chunk_arrays(chunk)}
+        self._rows[chunk.batch_index] = row
+        if final:
+            rows = [self._rows[index] for index in sorted(self._rows)]
+            tensors = [pb_utils.Tensor(name, _stack([row[name] for row in rows])) for name in self._output_names]
+            self._respond(pb_utils.InferenceResponse(tensors))
+
+    def fail(self, error: Exception) -> None:
+        self._respond(pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), _code(error))))
+
+    def _respond(self, response: pb_utils.InferenceResponse) -> None:
+        self.is_over = True
+        self.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def _code(error: Exception) -> int:
+    match error:
+        case RequestCancelled():
+            return pb_utils.TritonError.CANCELLED
+        case RequestError() | PromptError():
+            return pb_utils.TritonError.INVALID_ARG
+        case EngineError():
+            return pb_utils.TritonError.UNAVAILABLE
+        case _:
+            return pb_utils.TritonError.INTERNAL
 
 
 def _stack(rows: list[np.ndarray]) -> np.ndarray:
@@ -120,11 +148,7 @@ def _stack(rows: list[np.ndarray]) -> np.ndarray:
     if len(rows) == 1:
         return rows[0]
     shape = [len(rows), *(max(sizes) for sizes in zip(*(row.shape[1:] for row in rows), strict=True))]
-    stacked = np.zeros(shape, rows[0].dtype) if rows[0].dtype != np.object_ else np.full(shape, b"", np.object_)
+    stacked = np.full(shape, b"", np.object_) if rows[0].dtype == np.object_ else np.zeros(shape, rows[0].dtype)
     for index, row in enumerate(rows):
         stacked[(index, *(slice(size) for size in row.shape[1:]))] = row[0]
     return stacked
-
-
-def _failed(message: str, code: int) -> pb_utils.InferenceResponse:
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))

@@ -9,8 +9,8 @@ from chunk_header import ChunkHeader
 from text_decoding import TextStream
 from tokenizers import Tokenizer
 
-# A sequence whose last chunk never comes (its request failed, or the client went) leaves its state behind. The
-# oldest are dropped beyond this many, far above any number of slots.
+# A sequence whose last chunk never comes (its request failed, or the client went) leaves its state behind. Those that
+# got no chunk for longest are dropped beyond this many, far above any number of slots.
 MAX_STATES = 4096
 
 
@@ -26,16 +26,16 @@ class TextStates:
         """The text that this chunk adds to its sequence."""
         if header.is_first:
             stream = TextStream(self._tokenizer, header.context, skip_special_tokens=not header.keep_special_tokens)
-            if not header.is_last:
-                self._states[header.key] = stream
-                if len(self._states) > MAX_STATES:
-                    self._states.popitem(last=False)
         else:
-            stream = self._states.pop(header.key) if header.is_last else self._states[header.key]
+            stream = self._states.pop(header.key)
+        if not header.is_last:
+            self._states[header.key] = stream  # behind all others
+            if len(self._states) > MAX_STATES:
+                self._states.popitem(last=False)
         text = stream.feed(ids)
         if header.is_last:
             text += stream.flush()
-            text = text[: len(text) - header.trim_characters]
+            text = text[: max(0, len(text) - header.trim_characters)]
         return text
 
     def forget(self, key: int) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 import jinja2
 import numpy as np
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
@@ -52,6 +53,9 @@ TRITON_PARAMETERS = frozenset(
     {"id", "priority", "timeout", "sequence_id", "sequence_start", "sequence_end", "binary_data_output"}
 )
 
+# Of tokenizer_config.json; chat templates use them by these names.
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
 
 class PromptError(Exception):
     """This prompt cannot be encoded: one sentence for the client."""
@@ -75,25 +79,27 @@ class PromptEncoder:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         template = engine_folder / "chat_template.jinja"
+        special_tokens = _special_tokens(engine_folder / "tokenizer_config.json")
         return cls(
             tokenizer=tokenizer,
             bos_token_id=manifest["bos_token_id"],
             max_input_len=manifest["limits"]["max_input_len"],
             max_seq_len=manifest["limits"]["max_seq_len"],
             default_max_tokens=default_max_tokens,
-            chat_template=_compile(template.read_text(), tokenizer, manifest) if template.exists() else None,
+            chat_template=_compile(template.read_text(), special_tokens) if template.exists() else None,
         )
 
     def encode(self, prompt: str, *, as_chat: bool = False) -> list[int]:
         """At least one id. Raises PromptError when there is none, or more than the engine takes."""
         if as_chat:
-            prompt = self._apply_chat_template(prompt)
-        ids = self.tokenizer.encode(prompt, add_special_tokens=True).ids
-        if self.bos_token_id is not None:
-            if not ids:
-                ids = [self.bos_token_id]
-            elif ids[:2] == [self.bos_token_id] * 2:  # a chat template wrote it and the tokenizer added it again
+            # A template writes the special tokens that it wants.
+            ids = self.tokenizer.encode(self._apply_chat_template(prompt), add_special_tokens=False).ids
+        else:
+            ids = self.tokenizer.encode(prompt, add_special_tokens=True).ids
+            if self._is_doubled(ids):  # the client applied a chat template, which wrote it, and the tokenizer added it
                 ids = ids[1:]
+        if not ids and self.bos_token_id is not None:
+            ids = [self.bos_token_id]
         if not ids:
             raise PromptError("text_input is empty and this model has no token to begin with; send some text")
         if len(ids) > self.max_input_len:
@@ -102,6 +108,10 @@ class PromptEncoder:
                 "(--max-input-len of the build); shorten it"
             )
         return ids
+
+    def _is_doubled(self, ids: Sequence[int]) -> bool:
+        """Whether the text began with the token that the tokenizer itself puts before every text."""
+        return ids[:2] == [self.bos_token_id] * 2 and self.tokenizer.encode("").ids[:1] == [self.bos_token_id]
 
     def max_tokens_by_default(self, prompt_ids: Sequence[int]) -> int:
         """For a request that does not say: what is usual, or what is left."""
@@ -123,31 +133,53 @@ class PromptEncoder:
                 "apply_chat_template is true, but this model's tokenizer has no chat template; leave it out"
             )
         try:
-            return self.chat_template.render(messages=[{"role": "user", "content": prompt}], add_generation_prompt=True)
+            messages = [{"role": "user", "content": prompt}]
+            return self.chat_template.render(messages=messages, tools=None, documents=None, add_generation_prompt=True)
         except jinja2.TemplateError as error:
             raise PromptError(f"the model's chat template refuses this prompt: {error}") from error
 
 
-def _compile(source: str, tokenizer: Tokenizer, manifest: dict) -> jinja2.Template:
-    """With what transformers gives a template: its block trimming, its functions, the special tokens by name."""
+class _GenerationTag(Extension):
+    """`{% generation %}` marks what a model is to be trained on; for us there is only its content."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _compile(source: str, special_tokens: Mapping[str, object]) -> jinja2.Template:
+    """With what transformers gives a template: its block trimming, tags, functions, and the special tokens by name."""
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = lambda value, **kwargs: json.dumps(value, ensure_ascii=False, **kwargs)
-    eos_ids = manifest["eos_token_ids"]
-    token_of = lambda token_id: "" if token_id is None else tokenizer.id_to_token(token_id) or ""  # noqa: E731
+    environment.filters["tojson"] = lambda value, ensure_ascii=False, **kwargs: json.dumps(
+        value, ensure_ascii=ensure_ascii, **kwargs
+    )
     environment.globals |= {
         "raise_exception": raise_exception,
         "strftime_now": lambda form: datetime.now().strftime(form),
-        "bos_token": token_of(manifest["bos_token_id"]),
-        "eos_token": token_of(eos_ids[0] if eos_ids else None),
-        "pad_token": token_of(manifest["pad_token_id"]),
+        **special_tokens,
     }
     return environment.from_string(source)
+
+
+def _special_tokens(path: Path) -> dict[str, object]:
+    """`{"bos_token": "<s>", ...}`: what tokenizer_config.json names, as text. Without the file there are none."""
+
+    def text(value: str | dict) -> str:
+        return value["content"] if isinstance(value, dict) else value
+
+    config = json.loads(path.read_text()) if path.exists() else {}
+    tokens = {name: text(config[name]) for name in _SPECIAL_TOKENS if config.get(name) is not None}
+    if several := config.get("additional_special_tokens"):
+        tokens["additional_special_tokens"] = [text(value) for value in several]
+    return tokens
 
 
 def decode_utf8(value: bytes, name: str) -> str:

@@ -17,8 +17,9 @@ _MAX_MESSAGE_BYTES = 4096
 
 
 def _address(server_pid: int) -> bytes:
-    # Every model runs in a child of tritonserver, so the parent's pid names the server that both belong to.
-    return b"\0triton-trtllm/cancel/%d" % server_pid
+    # Every model runs in a child of tritonserver, so the parent's pid names the server that both belong to. Containers
+    # on the host's network share these names, and each may have a process 1: the namespace tells them apart.
+    return b"\0triton-trtllm/cancel/%d/%d" % (os.stat("/proc/self/ns/pid").st_ino, server_pid)
 
 
 class CancelListener:
@@ -36,7 +37,7 @@ class CancelListener:
             kind, _, value = message.partition(b":")
             if kind == b"key" and value.isdigit():
                 self._on_key(int(value))
-            elif kind == b"id":
+            elif kind == b"id" and value:  # without an id there are many requests
                 self._on_request_id(value.decode(errors="replace"))
 
     def close(self) -> None:

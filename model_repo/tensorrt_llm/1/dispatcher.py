@@ -25,7 +25,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from chunk_header import ChunkHeader
-from generation import Engine, EngineError, FinishReason, RequestError, Step
+from chunks import Chunk, SequenceChunk
+from generation import Engine, EngineError, FinishReason, RequestCancelled, RequestError, Step
 from request_reading import Prompt
 from stop_words import Released, StopWordMatcher
 from text_decoding import CONTEXT_TOKENS, TextStream
@@ -38,33 +39,6 @@ _CANCEL_POLL_SECONDS = 0.1
 _CANCEL_POLLS_AT_ONCE = 16
 
 _OUR_FAULT = "the server failed on this request; its log has the reason"
-
-
-class RequestCancelled(RequestError):
-    """Nobody waits for this request any more."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SequenceChunk:
-    """What one response says about one sequence."""
-
-    header: ChunkHeader
-    token_ids: Sequence[int]  # with the prompt before them when the request wants it back
-    num_output_tokens: int  # generated tokens in this chunk
-    log_probs: Sequence[float]
-    cumulative_log_prob: float
-    finish_reason: FinishReason
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
-    """One response: one sequence of a stream, or all sequences of a prompt that is answered at once."""
-
-    batch_index: int
-    sequence_index: int
-    num_input_tokens: int
-    sequences: Sequence[SequenceChunk]
-    times_ns: tuple[int, int, int, int]  # Unix time of arrival, first scheduled, first token, last token; 0: not yet
 
 
 class Responder(Protocol):
@@ -241,8 +215,8 @@ class Dispatcher:
                     context = prompt.prompt_ids[-CONTEXT_TOKENS:]
                     keep = prompt.keep_special_tokens
                     text = TextStream(self._tokenizer, context, skip_special_tokens=not keep)
-                    ids = () if keep else {self._special_ids.get(word) for word in prompt.stop_words} - {None}
-                    matcher = StopWordMatcher(prompt.stop_words, text, ids)
+                    stop_ids = () if keep else {self._special_ids.get(word) for word in prompt.stop_words} - {None}
+                    matcher = StopWordMatcher(prompt.stop_words, text, stop_ids)
                 sequence = _Sequence(
                     answer=answer,
                     engine_key=generation.key,
@@ -482,5 +456,8 @@ class Dispatcher:
         for exchange in list(self._exchanges)[:_CANCEL_POLLS_AT_ONCE]:
             del self._exchanges[exchange]  # to the end of the line
             self._exchanges[exchange] = None
-            if exchange.responder.is_cancelled():
-                self._close(exchange, RequestCancelled("the client cancelled the request"))
+            try:
+                if exchange.responder.is_cancelled():
+                    self._close(exchange, RequestCancelled("the client cancelled the request"))
+            except Exception:
+                _log.exception("Triton does not say whether a client is still there")

@@ -23,6 +23,10 @@ class RequestError(Exception):
     """This request cannot be served: one sentence for the client. Other requests are not touched."""
 
 
+class RequestCancelled(RequestError):
+    """Nobody waits for this request any more."""
+
+
 class EngineError(Exception):
     """The engine cannot go on: every request in flight fails with this sentence."""
 

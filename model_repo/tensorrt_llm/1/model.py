@@ -17,11 +17,12 @@ from pathlib import Path
 
 import triton_python_backend_utils as pb_utils
 from cancel_channel import CancelListener
-from dispatcher import Dispatcher
+from dispatcher import Dispatcher, Responder
+from engine_channel import EngineListener
 from engine_loading import load_engine
 from engine_metrics import EngineMetrics
 from generation import EngineError, RequestError
-from request_reading import RequestReader
+from request_reading import RequestReader, Tensors
 from response_writing import ResponseWriter, TritonResponder
 from text_decoding import load_tokenizer
 
@@ -82,23 +83,28 @@ class TritonPythonModel:
         self._metrics = EngineMetrics(self._engine, labels, self._dispatcher.max_in_flight)
         self._writer = ResponseWriter()
         self._cancel_listener = CancelListener(self._dispatcher.cancel_key, self._dispatcher.cancel_request_id)
+        self._engine_listener = EngineListener(self._serve)
 
     def execute(self, requests: list) -> None:
         for request in requests:
             responder = TritonResponder(request, self._writer)
-            try:
-                if self._is_stop(request):
-                    self._stop(responder)
-                else:
-                    prompts = self._reader.read(self._tensors(request))
-                    self._dispatcher.submit(prompts, responder)
-            except RequestError as error:
-                responder.fail(error)
-            except Exception:
-                logging.exception("a request could not be read")
-                responder.fail(RuntimeError("the server failed on this request; its log has the reason"))
+            if self._is_stop(request):
+                self._stop(responder)
+            else:
+                self._serve(self._tensors(request), responder)
+
+    def _serve(self, tensors: Tensors, responder: Responder) -> None:
+        """Begin one request, from Triton or from the engine channel. Blocks while the engine is full; never raises."""
+        try:
+            self._dispatcher.submit(self._reader.read(tensors), responder)
+        except RequestError as error:
+            responder.fail(error)
+        except Exception:
+            logging.exception("a request could not be read")
+            responder.fail(RuntimeError("the server failed on this request; its log has the reason"))
 
     def finalize(self) -> None:
+        self._engine_listener.close()
         self._cancel_listener.close()
         self._dispatcher.close()
         self._metrics.close()
@@ -118,7 +124,8 @@ class TritonPythonModel:
 
     def _stop(self, responder: TritonResponder) -> None:
         if not responder.request_id:
-            raise RequestError("stop is true and the request has no id; give it the id of the request to stop")
+            responder.fail(RequestError("stop is true and the request has no id; give it the id of the request to stop"))
+            return
         self._dispatcher.cancel_request_id(responder.request_id)
         responder.finish()
 

@@ -99,7 +99,7 @@ class RequestReader:
                 end_ids=end_ids,
                 bad_words=bad_words,
                 # Sequences of one prompt differ by their seed and are independent, so that each can be streamed.
-                sampling=replace(sampling, seed=sampling.seed + index),
+                sampling=replace(sampling, seed=(sampling.seed + index) % 2**64),
                 num_beams_returned=num_sequences if beams else 1,
                 log_probs=log_probs,
             )
@@ -244,12 +244,13 @@ class RequestReader:
         words = [_utf8(word, "stop_words") for word in row.values("stop_words")]
         # NVIDIA's form for clients that send ids; a word stops at its text, wherever token boundaries fall.
         words += [
-            self.tokenizer.decode(list(ids), skip_special_tokens=False) for ids in row.word_list("stop_words_list")
+            self.tokenizer.decode(list(ids), skip_special_tokens=False)
+            for ids in row.word_list("stop_words_list", self.limits.vocab_size)
         ]
         return [word for word in words if word]
 
     def _bad_words(self, row: _Row) -> list[tuple[int, ...]]:
-        words = row.word_list("bad_words_list")
+        words = row.word_list("bad_words_list", self.limits.vocab_size)
         if words:
             self._need("bad_words", "bad_words")
         return words
@@ -309,13 +310,13 @@ class _Row:
             )
         return int(next((v for v in (value, old_value) if v is not None), default))
 
-    def word_list(self, name: str) -> list[tuple[int, ...]]:
+    def word_list(self, name: str, vocab_size: int) -> list[tuple[int, ...]]:
         """NVIDIA's INT32 [2, n]: ids one word after the other, then where each word ends; -1 fills the second row."""
         array = self.tensors.get(name)
         if array is None or not array.size:
             return []
-        if array.ndim != 3 or array.shape[1] != 2:
-            raise RequestError(f"{name} has shape {list(array.shape)}; it must be [batch, 2, n]: ids, then word ends")
+        if array.ndim != 3 or array.shape[0] <= self.index or array.shape[1] != 2:
+            raise RequestError(f"{name} has shape {list(array.shape)}; it must be [prompts, 2, n]: ids, then word ends")
         ids, ends = array[self.index].tolist()
         words, start = [], 0
         for end in ends:
@@ -325,6 +326,9 @@ class _Row:
                 raise RequestError(f"{name} says a word ends at {end}; ends must rise and be at most {len(ids)}")
             words.append(tuple(ids[start:end]))
             start = end
+        for token_id in ids[:start]:
+            if not 0 <= token_id < vocab_size:
+                raise RequestError(f"{name} holds {token_id}; token ids of this model are 0 to {vocab_size - 1}")
         return words
 
 

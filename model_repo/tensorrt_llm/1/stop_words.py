@@ -63,7 +63,7 @@ class StopWordMatcher:
         return Released(len(self._tail_ends), stopped=True, trim_characters=len(self._tail) - start)
 
     def _first_match(self, searched: int) -> int | None:
-        """Where the stop word begins that is complete first, as if characters came one by one; the longest of several."""
+        """Where the stop word begins that is complete first, if characters came one by one; the longest of several."""
         matches = []
         for word in self._stop_words:
             start = self._tail.find(word, max(0, searched - len(word) + 1))

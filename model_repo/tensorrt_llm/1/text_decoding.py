@@ -77,7 +77,8 @@ class TextStream:
         """`text` is that of the first `count` held ids, which from now on are what the next ids are decoded behind."""
         self._shown, self._held = self._held[:count], self._held[count:]
         self._shown_text = self._decode(self._shown)
-        known, self._context_text = len(commonprefix((text, self._context_text))), ""
+        known = len(commonprefix((text, self._context_text)))  # noqa: RUF071 - of characters, not of paths
+        self._context_text = ""
         return text[known:]
 
     def _text_of(self, ids: list[int]) -> str:

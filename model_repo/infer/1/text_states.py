@@ -1,0 +1,1 @@
+../../postprocessing/1/text_states.py
