@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +20,9 @@ STEPS = ("preprocessing", "tensorrt_llm", "postprocessing")
 RECORD = "repository.json"  # a file among the model folders: Triton looks only at folders
 
 _SERVED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_NOT_IN_PATHS = re.compile(r"[\s\"'`$&;|<>()*?\[\]\\]")  # Triton's Python backend hands the path to a shell, unquoted
+_ANOTHER = "give another folder with --output"
+_NOT_COPIED = ("__pycache__", ".gitkeep")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +47,57 @@ class Repository:
 def check_served_name(name: str) -> None:
     if not _SERVED_NAME.fullmatch(name):
         raise UsageError(
-            f"--served-name '{name}' cannot be a Triton model's name; "
-            "use letters, digits, '.', '_' and '-', beginning with a letter or digit"
+            f"'{name}' cannot be a Triton model's name; give one with --served-name, of "
+            "letters, digits, '.', '_' and '-', at most 100, beginning with a letter or digit"
         )
     if name in STEPS or name.endswith("_infer"):
-        raise UsageError(f"--served-name '{name}' is taken by a model of the repository itself; choose another name")
+        raise UsageError(
+            f"'{name}' is the name of a model that every repository has beside yours, or like it; "
+            f"give another with --served-name, neither {', '.join(STEPS)} nor one that ends in _infer"
+        )
+
+
+def check_output(output: Path) -> None:
+    """Refuse a place that cannot hold the repository; costs nothing, so it comes before the compiler.
+
+    Raises UsageError for a path that Triton cannot load from, StoreError for one that is taken or cannot be written.
+    """
+    output = Path(os.path.realpath(output))
+    if found := _NOT_IN_PATHS.search(str(output)):
+        raise UsageError(
+            f"--output '{output}' has {found[0]!r} in its path, and tritonserver cannot load a repository from there; "
+            "give a path without spaces and without signs that mean something to a shell"
+        )
+    try:
+        problem = _problem_with(output)
+    except OSError as error:
+        problem = f"cannot be used: {error.strerror}"
+    if problem:
+        raise StoreError(f"--output {output} {problem}; {_ANOTHER}")
+
+
+def _problem_with(output: Path) -> str | None:
+    if output.exists():
+        if not output.is_dir():
+            return "is not a folder"
+        if any(output.iterdir()) and not _is_ours(output):
+            return "exists and is not a repository of this program"
+        if os.path.ismount(output):
+            return "is a mount point, which cannot be replaced as a whole"
+    parent = next(folder for folder in output.parents if folder.exists())
+    if not parent.is_dir():
+        return f"cannot be made: {parent} is not a folder"
+    if not os.access(parent, os.W_OK | os.X_OK):
+        return f"cannot be written: {parent} is read-only for user {os.geteuid()}"
+    return None
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        record = json.loads((folder / RECORD).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and {"served_name", "infer_name", "engine_key"} <= record.keys()
 
 
 def assemble(engine: Path, served_name: str, output: Path, settings: Settings = Settings()) -> Repository:
@@ -54,33 +106,33 @@ def assemble(engine: Path, served_name: str, output: Path, settings: Settings = 
     Raises StoreError when `output` holds something else or cannot be written; it is complete or as it was.
     """
     check_served_name(served_name)
-    output = output.absolute()
-    if output.exists() and not (output / RECORD).is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise StoreError(f"--output {output} exists and is not a repository of this program; give another folder")
+    output = Path(os.path.realpath(output))  # a link to a repository stays one
     engine_key = json.loads((engine / "engine.json").read_text())["key"]
     repository = Repository(
         path=output, served_name=served_name, infer_name=f"{served_name}_infer", engine_key=engine_key
     )
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(output)
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.new.", dir=output.parent) as folder:
-            new = Path(folder) / "repository"
-            _write(new, engine, repository, settings)
-            _swap(new, output, Path(folder) / "old")
+        with _alone_in(output.parent):
+            check_output(output)
+            _remove_leftovers(output)
+            with tempfile.TemporaryDirectory(prefix=_prefix(output), dir=output.parent) as folder:
+                new = Path(folder) / "repository"
+                _write(new, engine, repository, settings)
+                _swap(new, output, Path(folder) / "old")
     except OSError as error:
-        raise StoreError(f"the repository {output} cannot be written: {error.strerror or error}") from error
+        raise StoreError(f"--output {output} cannot be written: {error.strerror or error}; {_ANOTHER}") from error
     return repository
 
 
 def _write(folder: Path, engine: Path, repository: Repository, settings: Settings) -> None:
-    ignore = shutil.ignore_patterns("__pycache__", ".gitkeep")
+    folder.mkdir()
     for step in STEPS:  # links between models become files: each model folder is complete
-        shutil.copytree(MODEL_REPO / step, folder / step, ignore=ignore)
+        _copy_folder(MODEL_REPO / step, folder / step, shutil.copyfile)
     names = {"ensemble": ("ensemble", repository.served_name), "infer": (repository.infer_name,)}
     for source, targets in names.items():
         for target in targets:
-            shutil.copytree(MODEL_REPO / source, folder / target, ignore=ignore, dirs_exist_ok=True)
+            _copy_folder(MODEL_REPO / source, folder / target, shutil.copyfile)
             _rename(folder / target / "config.pbtxt", source, target)
     for_prompts = {"default_max_tokens": settings.default_max_tokens}
     _write_json(folder / "preprocessing/1/settings.json", for_prompts)
@@ -90,7 +142,7 @@ def _write(folder: Path, engine: Path, repository: Repository, settings: Setting
         "responses_per_second": settings.responses_per_second,
     }
     _write_json(folder / "tensorrt_llm/1/settings.json", for_engine)
-    shutil.copytree(engine, folder / "tensorrt_llm/1/engine", copy_function=_link_or_copy)
+    _copy_folder(engine, folder / "tensorrt_llm/1/engine", _link_or_copy)
     _write_json(folder / RECORD, asdict(repository) | {"path": None})
 
 
@@ -101,23 +153,57 @@ def _rename(config: Path, old: str, new: str) -> None:
     config.write_text(text.replace(f"\n{line}", f'\nname: "{new}"\n'))
 
 
-def _link_or_copy(source: str, target: str) -> None:
+def _copy_folder(source: Path, target: Path, copy: Callable[[Path, Path], object]) -> None:
+    """Contents without modes: of a read-only checkout comes a repository that can be written, and removed."""
+    target.mkdir(exist_ok=True)
+    for path in source.iterdir():
+        if path.name in _NOT_COPIED:
+            continue
+        if path.is_dir():
+            _copy_folder(path, target / path.name, copy)
+        else:
+            copy(path, target / path.name)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
     """Engines are large and never change: one copy on disk serves the store and the repository."""
     try:
         os.link(source, target)
     except OSError:  # another file system, or one without hard links
-        shutil.copy2(source, target)
+        shutil.copyfile(source, target)
 
 
 def _swap(new: Path, output: Path, old: Path) -> None:
-    if output.exists():
-        os.replace(output, old)
-    os.replace(new, output)
+    """For a moment there is no repository; whatever happens then, the old one comes back."""
+    try:
+        if output.exists():
+            os.replace(output, old)
+        os.replace(new, output)
+    finally:
+        if old.exists() and not output.exists():
+            os.replace(old, output)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Builders that assemble into one folder take turns. The kernel unlocks it however its holder ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # NFS does not lock folders
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _prefix(output: Path) -> str:
+    return f".{output.name}.new."
 
 
 def _remove_leftovers(output: Path) -> None:
-    for leftover in output.parent.glob(f".{output.name}.new.*"):  # of a builder that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
+    for path in output.parent.iterdir():
+        if path.name.startswith(_prefix(output)):  # of a builder that was killed
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_json(path: Path, value: dict) -> None:

@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -19,12 +20,12 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from assemble import Repository, assemble, check_served_name
+from assemble import Repository, assemble, check_output, check_served_name
 from checkpoint import Checkpoint, resolve
 from engine_manifest import EngineManifest
-from errors import BuildError, UnsupportedError
+from errors import BuildError, UnsupportedError, UsageError
 from gpus import find_gpus
 from plan import DTYPES, ENGINE_CHOICES, QUANTIZATIONS, BuildRequest, EngineKind, EnginePlan, choose_engine, make_plan
 from store import Store
@@ -37,6 +38,8 @@ _NO_COMPILER = (
     "--engine {kind} is not built by this version yet; build for the CPU with --engine openvino "
     "(TensorRT-LLM engines follow, see docs/decisions.md)"
 )
+
+_SERVE = Path(__file__).resolve().parent.parent / "scripts/serve.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,10 @@ def build(request: BuildRequest, options: Options) -> dict[str, Any]:
     started = time.monotonic()
     if options.served_name is not None:
         check_served_name(options.served_name)
-    kind, reason = choose_engine(request.engine, [gpu.product for gpu in find_gpus()])
+    if options.output is not None:
+        check_output(options.output)
+    gpus = find_gpus() if request.engine == "auto" else []
+    kind, reason = choose_engine(request.engine, [gpu.product for gpu in gpus])
     _log.info("engine: %s (%s)", kind, reason)
     compiler = _compiler(kind)
     compiler.check_request(request)
@@ -81,6 +87,10 @@ def build(request: BuildRequest, options: Options) -> dict[str, Any]:
     )
     plan = make_plan(request, checkpoint, kind, compiler.versions())
     compiler.check(plan)
+    served_name = options.served_name or _default_name(request, checkpoint)
+    output = options.output or Path("out") / served_name
+    check_served_name(served_name)
+    check_output(output)
     store = Store(options.cache_dir)
     report: dict[str, Any] = {
         "model": checkpoint.model,
@@ -94,14 +104,22 @@ def build(request: BuildRequest, options: Options) -> dict[str, Any]:
     engine = _compile(plan, checkpoint, compiler, store, force=options.force)
     report |= {"engine": str(engine.folder), "was_stored": engine.was_stored}
     if options.verify:
-        report["verified"] = _verify(engine, checkpoint)
-    repository = _assemble(engine, checkpoint, options)
+        report["verified"] = _verify(engine, checkpoint, trust_remote_code=request.trust_remote_code)
+    repository = assemble(engine.folder, served_name, output)
+    _log.info("repository: %s", repository.path)
     return report | {
         "repository": str(repository.path),
         "served_name": repository.served_name,
         "infer_name": repository.infer_name,
         "seconds": round(time.monotonic() - started, 3),
     }
+
+
+def _default_name(request: BuildRequest, checkpoint: Checkpoint) -> str:
+    """The last part of the hub id, or of the path as it was typed: a linked folder is called what the link is."""
+    if checkpoint.revision is not None:
+        return checkpoint.name
+    return Path(os.path.abspath(os.path.expanduser(request.model))).name
 
 
 def _compiler(kind: EngineKind):
@@ -147,25 +165,25 @@ def _compile(plan: EnginePlan, checkpoint: Checkpoint, compiler, store: Store, *
     return Engine(folder=folder, key=key, was_stored=was_stored)
 
 
-def _verify(engine: Engine, checkpoint: Checkpoint) -> dict[str, Any]:
+def _verify(engine: Engine, checkpoint: Checkpoint, *, trust_remote_code: bool) -> dict[str, Any]:
     from verify import verify  # imports torch and transformers, seconds that a stored engine need not pay
 
     _log.info("verify: comparing greedy tokens with transformers")
-    result = verify(engine.folder, checkpoint)
+    result = verify(engine.folder, checkpoint, trust_remote_code=trust_remote_code)
     _log.info("verify: %s", result.sentence)
     return asdict(result)
 
 
-def _assemble(engine: Engine, checkpoint: Checkpoint, options: Options) -> Repository:
-    served_name = options.served_name or checkpoint.name
-    output = options.output or Path("out") / served_name
-    repository = assemble(engine.folder, served_name, output)
-    _log.info("repository: %s", repository.path)
-    return repository
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong by an exception, so that --json has its document for a mistyped option too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; --help lists the options")
 
 
 def parse(argv: list[str]) -> tuple[BuildRequest, Options, argparse.Namespace]:
-    parser = argparse.ArgumentParser(
+    """Raises UsageError."""
+    parser = _Parser(
         prog="engines.py",
         description="Build a Triton model repository from a Hugging Face checkpoint.",
         epilog="exit codes: 0 done, 2 wrong option, 3 checkpoint, 4 not supported here, 5 compiler, 6 disk, 7 verify",
@@ -211,18 +229,18 @@ def parse(argv: list[str]) -> tuple[BuildRequest, Options, argparse.Namespace]:
     where = parser.add_argument_group("where from and where to")
     where.add_argument(
         "--token-file",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="file with a Hugging Face token (default: HF_TOKEN, HF_TOKEN_PATH)",
     )
     where.add_argument("--offline", action="store_true", help="use only what is already downloaded")
     where.add_argument("--served-name", metavar="NAME", help="the model's name in Triton (default: the checkpoint's)")
     where.add_argument(
-        "--output", type=Path, metavar="DIR", help="the model repository (default: out/ and the served name)"
+        "--output", type=_path, metavar="DIR", help="the model repository (default: out/ and the served name)"
     )
     where.add_argument(
         "--cache-dir",
-        type=Path,
+        type=_path,
         default=default_cache_dir(),
         metavar="DIR",
         help="the engine store; several builders may share it (default: %(default)s)",
@@ -265,49 +283,60 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "triton-trtllm"
 
 
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(os.path.expanduser(text))  # --output=~/x reaches us with its '~'
+
+
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of 1 or more")
+    return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:
-    request, options, arguments = parse(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        request, options, arguments = parse(argv)
+    except UsageError as error:
+        return _report_error(error, error.exit_code, as_json="--json" in argv)
+    _set_up_logging(arguments.verbose)
+    with_traceback = arguments.verbose > 1
+    try:
+        report = build(request, options)
+    except BuildError as error:
+        return _report_error(error, error.exit_code, as_json=arguments.json, with_traceback=with_traceback)
+    except KeyboardInterrupt:
+        error = KeyboardInterrupt("interrupted; nothing half-built is left")
+        return _report_error(error, 130, as_json=arguments.json)
+    except Exception as error:  # a defect of ours: say so in a sentence, with the way to the details
+        if not with_traceback:
+            error = RuntimeError(
+                f"unexpected {type(error).__name__}: {error}; run again with -vv and report the traceback"
+            )
+        return _report_error(error, 1, as_json=arguments.json, with_traceback=with_traceback)
+    print(json.dumps(report) if arguments.json else _in_words(report))
+    return 0
+
+
+def _set_up_logging(verbose: int) -> None:
     logging.basicConfig(
         stream=sys.stderr,
         level=logging.WARNING,  # of the libraries; ours speak below
         format="%(message)s",
         force=True,
     )
-    logging.getLogger().setLevel(logging.DEBUG if arguments.verbose > 1 else logging.WARNING)
+    logging.getLogger().setLevel(logging.DEBUG if verbose > 1 else logging.WARNING)
     for name in ("engines", "checkpoint", "store", "compilers", "verify"):
-        logging.getLogger(name).setLevel(logging.DEBUG if arguments.verbose else logging.INFO)
-    try:
-        report = build(request, options)
-    except BuildError as error:
-        return _report_error(error, error.exit_code, arguments)
-    except KeyboardInterrupt:
-        print("engines: interrupted; nothing half-built is left", file=sys.stderr)
-        return 130
-    except Exception as error:  # a defect of ours: say so in a sentence, with the way to the details
-        if arguments.verbose < 2:
-            error = RuntimeError(
-                f"unexpected {type(error).__name__}: {error}; run again with -vv and report the traceback"
-            )
-        return _report_error(error, 1, arguments)
-    if arguments.json:
-        print(json.dumps(report))
-    else:
-        print(_in_words(report))
-    return 0
+        logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
-def _report_error(error: Exception, exit_code: int, arguments: argparse.Namespace) -> int:
-    if arguments.verbose > 1:
+def _report_error(error: BaseException, exit_code: int, *, as_json: bool, with_traceback: bool = False) -> int:
+    if with_traceback:
         traceback.print_exception(error)
     print(f"engines: {error}", file=sys.stderr)
-    if arguments.json:
+    if as_json:
         print(json.dumps({"error": {"kind": type(error).__name__, "message": str(error), "exit_code": exit_code}}))
     return exit_code
 
@@ -325,13 +354,19 @@ def _in_words(report: dict[str, Any]) -> str:
         lines.append(f"in the store   {report['stored'] or 'no: a build would compile it'}")
         return "\n".join(lines)
     name, infer_name = report["served_name"], report["infer_name"]
-    output = os.path.relpath(report["repository"])
+    output, serve = _shown(Path(report["repository"])), _shown(_SERVE)
     lines += [
         f"repository     {output} ({'stored engine' if report['was_stored'] else 'built'}, {report['seconds']:.1f} s)",
         f"models         {name}: generate, generate_stream, gRPC streams; {infer_name}: infer()",
-        f"serve it with  python scripts/serve.py {output}",
+        f"serve it with  python {serve} {output}",
     ]
     return "\n".join(lines)
+
+
+def _shown(path: Path) -> str:
+    """For a command line: relative where the path is inside this folder."""
+    here = Path.cwd()
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
 
 
 if __name__ == "__main__":

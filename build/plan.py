@@ -101,7 +101,8 @@ def make_plan(
     architectures = config.get("architectures") or []
     if len(architectures) != 1:
         raise UnsupportedError(
-            f"config.json of '{checkpoint.model}' names {len(architectures)} architectures; a causal language model names one"
+            f"config.json of '{checkpoint.model}' names {len(architectures)} architectures; "
+            "give a checkpoint of a causal language model, which names one"
         )
     return EnginePlan(
         engine=engine,
@@ -122,7 +123,7 @@ def make_plan(
 
 
 def _limits(request: BuildRequest, config: Mapping[str, Any]) -> EngineLimits:
-    text_config = config.get("text_config", config)
+    text_config = config.get("text_config") or config
     positions = text_config.get("max_position_embeddings") or text_config.get("n_positions")
     max_seq_len = request.max_seq_len or min(positions or _DEFAULT_MOST_SEQ_LEN, _DEFAULT_MOST_SEQ_LEN)
     max_input_len = request.max_input_len or max_seq_len - 1

@@ -79,8 +79,9 @@ class Difference:
     def __str__(self) -> str:
         margin = f"{self.margin:.3g}" if self.is_margin_exact else f"more than {self.margin:.3g}"
         return (
-            f"prompt {_shorten(self.prompt)!r}, token {self.position} of the answer: transformers says {self.expected_id} "
-            f"({self.expected_text!r}), the engine {self.got_id} ({self.got_text!r}), with logits {margin} apart"
+            f"prompt {_shorten(self.prompt)!r}, token {self.position} of the answer: transformers says "
+            f"{self.expected_id} ({self.expected_text!r}), the engine {self.got_id} ({self.got_text!r}), "
+            f"with logits {margin} apart"
         )
 
 
@@ -108,7 +109,7 @@ class VerifyReport:
             what += f", {len(self.ties)} of them ties"
         if self.exact:
             return f"all {what}"
-        return f"{100 * self.share:.1f} % of {what}; of an engine with fewer bits {100 * self.least_share:.0f} % is asked"
+        return f"{100 * self.share:.1f} % of {what}; of such an engine {100 * self.least_share:.0f} % is asked"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,18 +150,25 @@ def verify(
     except ManifestError as error:
         raise StoreError(str(error)) from error
     if manifest.engine != "openvino":
-        raise UsageError(f"--verify compares OpenVINO engines, and {engine_folder} is a {manifest.engine} engine; leave it out")
+        raise UsageError(
+            f"--verify compares OpenVINO engines, and {engine_folder} is a {manifest.engine} engine; leave it out"
+        )
     with quiet_libraries():
         try:
             answers = reference(
-                checkpoint, engine_folder, manifest, prompts, max_tokens=max_tokens, trust_remote_code=trust_remote_code
+                checkpoint,
+                engine_folder,
+                manifest,
+                prompts,
+                max_tokens=max_tokens,
+                trust_remote_code=trust_remote_code,
             )
             log.info("verify: transformers answered %d prompts in %.1f s", len(answers), time.monotonic() - started)
             generate = load_openvino(engine_folder, manifest, answers)
             return compare(answers, generate, engine_folder, manifest, started=started)
         except (RuntimeError, MemoryError, OSError, ValueError) as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise VerifyError(f"the engine {engine_folder} cannot be compared with transformers: {lines[-1]}") from error
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            raise VerifyError(f"{engine_folder} cannot be compared with transformers: {reason}") from error
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -178,7 +186,7 @@ def read_prompts(path: Path) -> list[str]:
         except (ValueError, KeyError, TypeError):
             prompt = None
         if not isinstance(prompt, str):
-            raise UsageError(f'{path}, line {number}: not a JSON object with a text "prompt", such as {{"prompt": "Hello"}}')
+            raise UsageError(f'{path}, line {number}: not a JSON object with a text "prompt": {{"prompt": "Hello"}}')
         prompts.append(prompt)
     if not prompts:
         raise UsageError(f'{path} holds no prompts; write one JSON object with "prompt" per line')
@@ -197,7 +205,7 @@ def reference(
     max_tokens: int,
     trust_remote_code: bool = False,
 ) -> list[Answer]:
-    """transformers' greedy answers in float32. Raises VerifyError if it and the engine tokenize a prompt differently."""
+    """transformers' greedy answers in float32. Raises VerifyError where it and the engine disagree on a prompt's ids."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -332,7 +340,8 @@ def compare(
     if exact and differences:
         prompts = len({difference.prompt for difference in differences})
         raise VerifyError(
-            f"the engine does not say what the checkpoint says, for {prompts} of {len(answers)} prompts. {differences[0]}"
+            f"the engine does not say what the checkpoint says, for {prompts} of {len(answers)} prompts. "
+            f"{differences[0]}"
         )
     num_tokens = sum(len(answer.ids) for answer in answers)
     report = VerifyReport(
@@ -348,8 +357,9 @@ def compare(
     )
     if report.share < report.least_share:
         raise VerifyError(
-            f"only {100 * report.share:.1f} % of the engine's tokens are those of transformers, and a {manifest.dtype} engine "
-            f"with quantization {manifest.quantization} must reach {100 * report.least_share:.0f} %. {differences[0]}"
+            f"only {100 * report.share:.1f} % of the engine's tokens are those of transformers, and a {manifest.dtype} "
+            f"engine with quantization {manifest.quantization} must reach {100 * report.least_share:.0f} %. "
+            f"{differences[0]}"
         )
     return report
 

@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import socket
 import sys
 import sysconfig
@@ -23,6 +24,8 @@ from pathlib import Path
 
 NGC_TRITONSERVER = Path("/opt/tritonserver/bin/tritonserver")
 POLL_SECONDS = 0.1
+# Triton starts a model's process through a shell with the path unquoted, and then waits for it for ever.
+NOT_IN_PATHS = re.compile(r"[\s\"'`$&;|<>()*?\[\]\\]")
 
 
 class ServeError(Exception):
@@ -82,20 +85,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def check_repository(path: Path) -> dict:
     """The repository's record. Raises ServeError for a folder that is no repository of ours."""
     record = path / "repository.json"
-    if any(character.isspace() for character in str(path.absolute())):
-        # Triton starts a model's process through a shell with the path unquoted, and then waits for it for ever.
-        raise ServeError(f"the path '{path.absolute()}' has a space, which Triton's Python backend cannot load; move it")
+    if found := NOT_IN_PATHS.search(str(path.absolute())):
+        raise ServeError(
+            f"the path '{path.absolute()}' has {found[0]!r}, and tritonserver cannot load a repository from there; move it"
+        )
     if not path.is_dir():
         raise ServeError(
             f"{path} is not a folder; build a repository with: python build/engines.py --model MODEL --output {path}"
         )
     try:
-        return json.loads(record.read_text())
+        content = json.loads(record.read_text())
+        if missing := {"served_name", "infer_name"} - set(content):
+            raise ValueError(f"no {' and no '.join(sorted(missing))}")
+        return content
     except FileNotFoundError:
         raise ServeError(
             f"{path} has no repository.json, so build/engines.py did not assemble it; give its --output folder"
         ) from None
-    except ValueError as error:
+    except OSError as error:
+        raise ServeError(f"{record} cannot be read: {error.strerror}; make the repository readable") from None
+    except (ValueError, TypeError) as error:
         raise ServeError(f"{record} is damaged ({error}); assemble the repository again") from None
 
 
@@ -118,7 +127,7 @@ def check_ports(arguments: argparse.Namespace) -> None:
 def find_tritonserver(given: Path | None) -> Tritonserver:
     """The given binary, the container's, the wheel's, in this order. Raises ServeError when there is none."""
     if given is not None:
-        if not os.access(given, os.X_OK):
+        if not (given.is_file() and os.access(given, os.X_OK)):
             raise ServeError(f"--tritonserver {given} is not a program that can be run")
         return Tritonserver(binary=given, environment=dict(os.environ))
     if NGC_TRITONSERVER.exists():

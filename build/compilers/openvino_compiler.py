@@ -99,7 +99,8 @@ def check_request(request: BuildRequest) -> None:
             )
     if request.gpu is not None:
         raise UsageError(
-            f"--gpu {request.gpu} is for engines that run on a GPU, and an OpenVINO engine runs on any CPU; leave it out"
+            f"--gpu {request.gpu} is for engines that run on a GPU, and an OpenVINO engine runs on any CPU; "
+            "leave it out"
         )
 
 
@@ -113,7 +114,7 @@ def check(plan: EnginePlan) -> None:
     if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
         raise UnsupportedError(
             f"'{plan.model}' is a {architecture}, and engines are built from causal language models "
-            f"(...ForCausalLM, ...LMHeadModel); if it has a text-only sibling, name that"
+            "(...ForCausalLM, ...LMHeadModel); if it has a text-only sibling, name that"
         )
     if architecture not in TESTED_ARCHITECTURES:
         log.info("architecture: %s is not one of those tested here; compare it with --verify", architecture)
@@ -125,9 +126,9 @@ def compile(plan: EnginePlan, checkpoint: Checkpoint, folder: Path) -> CompiledM
     Raises UnsupportedError for what the checkpoint holds and cannot be built, CompileError when a library fails.
     """
     config = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
-    _check_config(plan, config)
     started = time.monotonic()
     with quiet_libraries() as messages, _library_errors(plan):
+        _check_config(plan, config)
         _check_exportable(plan, config)
         special = tokenizer_files.write(checkpoint, folder, trust_remote_code=plan.trust_remote_code)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".export.") as scratch:
@@ -155,7 +156,6 @@ def compile(plan: EnginePlan, checkpoint: Checkpoint, folder: Path) -> CompiledM
 
 
 def _check_config(plan: EnginePlan, config: Mapping[str, Any]) -> None:
-    """What the file says; needs no library."""
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method", "an unnamed method")
         raise UnsupportedError(
@@ -334,5 +334,5 @@ def _out_of_memory(plan: EnginePlan) -> str:
 
 def _failed(plan: EnginePlan, error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = " ".join(lines)[:300] if lines else type(error).__name__
+    reason = f"{type(error).__name__}: {' '.join(lines)[:300]}"
     return f"'{plan.model}' ({plan.architecture}) cannot be compiled for OpenVINO: {reason}"

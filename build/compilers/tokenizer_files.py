@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint import Checkpoint
-from errors import UnsupportedError
+from errors import CheckpointError, UnsupportedError
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,9 @@ PROBES = (
 )
 
 
+TOKENIZER_PATTERNS = ("tokenizer*", "*.model", "*.tiktoken", "vocab*")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SpecialTokens:
     bos_token_id: int | None
@@ -49,7 +52,10 @@ class SpecialTokens:
 
 
 def write(checkpoint: Checkpoint, folder: Path, *, trust_remote_code: bool) -> SpecialTokens:
-    """Write the files above into `folder`. Raises UnsupportedError if `tokenizers` cannot do what transformers does."""
+    """Write the files above into `folder`.
+
+    Raises CheckpointError if there is no tokenizer, UnsupportedError if `tokenizers` cannot do what transformers does.
+    """
     tokenizer = _load(checkpoint, trust_remote_code=trust_remote_code)
     _save(tokenizer, folder)
     _check_same_ids(tokenizer, folder / "tokenizer.json", checkpoint)
@@ -71,6 +77,8 @@ def write(checkpoint: Checkpoint, folder: Path, *, trust_remote_code: bool) -> S
 def _load(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
+    if not any(any(checkpoint.path.glob(pattern)) for pattern in TOKENIZER_PATTERNS):
+        raise CheckpointError(f"'{checkpoint.model}' has no tokenizer; put tokenizer.json beside its weights")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             checkpoint.path, local_files_only=True, trust_remote_code=trust_remote_code
@@ -91,15 +99,18 @@ def _cannot_load(checkpoint: Checkpoint, error: Exception) -> str:
         if re.search(rf"\b{package}\b", message, re.IGNORECASE):
             return (
                 f"the tokenizer of '{checkpoint.model}' has no tokenizer.json, and converting its own format needs a "
-                f"package that is not installed; pip install sentencepiece tiktoken protobuf, or add tokenizer.json"
+                "package that is not installed; pip install sentencepiece tiktoken protobuf, or add tokenizer.json"
             )
     if "trust_remote_code" in message:
         return (
             f"the tokenizer of '{checkpoint.model}' is Python code that the checkpoint brings; "
             "read it, and allow it with --trust-remote-code"
         )
-    reason = message.strip().splitlines()[0] if message.strip() else type(error).__name__
-    return f"transformers cannot load the tokenizer of '{checkpoint.model}' ({reason}); give a checkpoint with tokenizer.json"
+    reason = f"{type(error).__name__}: {(message.strip().splitlines() or [''])[0]}"
+    return (
+        f"transformers cannot load the tokenizer of '{checkpoint.model}' ({reason}); "
+        "give a checkpoint whose tokenizer.json is whole"
+    )
 
 
 def _save(tokenizer: Any, folder: Path) -> None:

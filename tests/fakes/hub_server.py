@@ -100,7 +100,7 @@ class HubServer:
 
     def __enter__(self) -> HubServer:
         for server in self.servers:
-            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.005}, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -181,6 +181,7 @@ class _Handler(BaseHTTPRequestHandler):
     """One request. `hub` is set in a subclass, as the server makes the handlers."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body are two packets, and the second would wait 40 ms for an answer
     hub: HubServer
 
     def log_message(self, *_: object) -> None:

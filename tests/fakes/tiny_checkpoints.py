@@ -34,7 +34,10 @@ The capital of France is Paris. The capital of Spain is Madrid. The capital of G
 One, two, three, four, five, six, seven, eight, nine, ten. Monday, Tuesday, Wednesday, Thursday, Friday.
 """
 VOCABULARY_SIZE = 640
-GPT2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT = (  # Llama 3's and, but for the digits, Qwen's
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -139,7 +142,8 @@ def _write_opt(folder: Path) -> None:
     """As facebook/opt-125m: only the files of the slow tokenizer, and `</s>` goes before every prompt."""
     tokenizer = _byte_level(["<s>", "<pad>", "</s>", "<unk>"])
     tokenizer.model.save(str(folder))
-    end = {"__type": "AddedToken", "content": "</s>", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    end = {"__type": "AddedToken", "content": "</s>", **flags}
     settings = {
         "errors": "replace",
         "unk_token": end,
@@ -234,7 +238,7 @@ def _write_qwen(folder: Path) -> None:
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(GPT2_SPLIT), "isolated"),
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -261,7 +265,7 @@ def _write_llama3(folder: Path) -> None:
     tokenizer = _byte_level([])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(GPT2_SPLIT), "isolated"),
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -324,8 +328,9 @@ _LLAMA_LIKE: dict[str, Any] = {
     "pad_token_id": None,
 }
 _QWEN = {**_LLAMA_LIKE, "bos_token_id": None, "eos_token_id": 642, "pad_token_id": 640, "vocab_size": 656}
-_GEMMA = {**_LLAMA_LIKE, "head_dim": 16, "tie_word_embeddings": True, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
-_QWEN_GENERATION = {"eos_token_id": [642, 640], "do_sample": True, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}
+_QWEN_GENERATION = {"eos_token_id": [642, 640], "do_sample": True, "top_k": 20, "top_p": 0.8}
+_GEMMA_IDS = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+_GEMMA = {**_LLAMA_LIKE, **_GEMMA_IDS, "head_dim": 16, "tie_word_embeddings": True}
 
 RECIPES: dict[str, Recipe] = {
     "gpt2": Recipe(
@@ -353,21 +358,28 @@ RECIPES: dict[str, Recipe] = {
     "llama3": Recipe(
         config_class="LlamaConfig",
         write_tokenizer=_write_llama3,
-        config={**_LLAMA_LIKE, "bos_token_id": 640, "eos_token_id": [641, 642], "vocab_size": 656, "rope_theta": 500000.0},
+        config={**_LLAMA_LIKE, "vocab_size": 656, "bos_token_id": 640, "eos_token_id": [641, 642], "rope_theta": 5e5},
     ),
     "mistral": Recipe(
         config_class="MistralConfig",
         write_tokenizer=_write_mistral,
         config={**_LLAMA_LIKE, "bos_token_id": 1, "eos_token_id": 2, "sliding_window": 16},
     ),
-    "qwen2": Recipe(config_class="Qwen2Config", write_tokenizer=_write_qwen, config=_QWEN, generation=_QWEN_GENERATION),
+    "qwen2": Recipe(
+        config_class="Qwen2Config",
+        write_tokenizer=_write_qwen,
+        config=_QWEN,
+        generation={**_QWEN_GENERATION, "repetition_penalty": 1.05},
+    ),
     "qwen3": Recipe(
         config_class="Qwen3Config",
         write_tokenizer=_write_qwen,
         config={**_QWEN, "head_dim": 16},
-        generation={"eos_token_id": [642, 640], "do_sample": True, "top_k": 20, "top_p": 0.95, "temperature": 0.6},
+        generation=_QWEN_GENERATION,
     ),
-    "gemma": Recipe(config_class="GemmaConfig", write_tokenizer=_write_gemma, config=_GEMMA, damp_embedding=True),
+    "gemma": Recipe(
+        config_class="GemmaConfig", write_tokenizer=_write_gemma, config=_GEMMA, damp_embedding=True
+    ),
     "gemma2": Recipe(
         config_class="Gemma2Config",
         write_tokenizer=_write_gemma,

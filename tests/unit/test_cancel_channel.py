@@ -17,11 +17,11 @@ SECONDS = 10
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def server(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The pid of the server that listeners and senders belong to: this process, and not its parent as in Triton."""
     pids = [os.getpid()]
     monkeypatch.setattr(cancel_channel.os, "getppid", lambda: pids[0])
-    yield pids
+    return pids
 
 
 class Heard:

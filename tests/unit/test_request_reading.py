@@ -182,7 +182,10 @@ def test_a_value_at_its_limit_is_taken(reader: RequestReader, values: dict):
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"input_ids": None}, "input_ids is missing: the model tensorrt_llm takes token ids; send text to the ensemble"),
+        (
+            {"input_ids": None},
+            "input_ids is missing: the model tensorrt_llm takes token ids; send text to the ensemble",
+        ),
         ({"input_ids": np.array([5, 6], np.int32)}, r"input_ids has shape \[2\]; it must be \[prompts, tokens\]"),
         ({"input_ids": np.zeros((0, 3), np.int32)}, r"input_ids has shape \[0, 3\]"),
         ({"input_ids": np.zeros((1, 2, 3), np.int32)}, r"input_ids has shape \[1, 2, 3\]"),
@@ -259,7 +262,7 @@ def test_a_tensor_with_too_few_rows_is_named(reader: RequestReader):
 
 def test_a_prompt_that_fills_the_engine_is_refused_with_the_limit(byte_level: Tokenizer):
     limits = EngineLimits(max_batch_size=8, max_input_len=16, max_seq_len=16, max_beam_width=1, vocab_size=900)
-    with pytest.raises(RequestError, match="has 16 tokens and leaves no room .* may have 16"):
+    with pytest.raises(RequestError, match=r"has 16 tokens and leaves no room .* may have 16"):
         read(make_reader(byte_level, limits=limits), input_ids=[5] * 16)
 
 

@@ -1,4 +1,4 @@
-"""Stop words: what is shown ends before the first one, wherever tokens begin and end, and nothing is held for nothing."""
+"""Stop words: what is shown ends before the first one, wherever tokens begin and end; nothing waits for nothing."""
 
 from __future__ import annotations
 

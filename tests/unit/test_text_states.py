@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import text_states
 from chunk_header import ChunkHeader
-from pytest import MonkeyPatch, raises
 from text_states import TextStates
 from tokenizers import Tokenizer
 
@@ -92,11 +92,11 @@ def test_a_forgotten_sequence_has_no_state(byte_level: Tokenizer):
     states.forget(1)
     states.forget(2)
     assert len(states) == 0
-    with raises(KeyError):
+    with pytest.raises(KeyError):
         states.text_of(last(1), [])
 
 
-def test_states_without_an_end_are_bounded(byte_level: Tokenizer, monkeypatch: MonkeyPatch):
+def test_states_without_an_end_are_bounded(byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(text_states, "MAX_STATES", 10)
     states = TextStates(byte_level)
     for key in range(100):
@@ -104,7 +104,7 @@ def test_states_without_an_end_are_bounded(byte_level: Tokenizer, monkeypatch: M
     assert len(states) == 10
 
 
-def test_a_stream_that_goes_on_outlives_those_that_do_not(byte_level: Tokenizer, monkeypatch: MonkeyPatch):
+def test_a_stream_that_goes_on_outlives_those_that_do_not(byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(text_states, "MAX_STATES", 10)
     states, ids = TextStates(byte_level), encode(byte_level, "a")
     states.text_of(first(-1), ids)

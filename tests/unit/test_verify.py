@@ -7,21 +7,34 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
-
-for package in ("torch", "transformers", "optimum.intel", "openvino_genai"):
-    pytest.importorskip(package)
-
+import tiny_checkpoints
 import tiny_engines
 import verify
 from checkpoint import resolve
+from compilers.quiet_libraries import refuse_telemetry
 from errors import StoreError, UsageError, VerifyError
 from tiny_engines import TinyEngine
 from verify import Answer
+
+refuse_telemetry()
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("optimum.intel")
+pytest.importorskip("openvino_genai")
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> TinyEngine:
     return tiny_engines.build("gpt2", tmp_path_factory.mktemp("gpt2"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """torch's threads wait for each other, and OpenVINO's are in the way; tiny models need one."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @dataclass
@@ -77,7 +90,8 @@ def test_first_difference_is_named_with_both_tokens_and_their_margin(engine: Tin
         compare(engine, {(1, 4): 2, (2, 0): 2})
     assert "for 2 of 3 prompts" in str(caught.value)
     assert re.search(
-        r"prompt 'prompt 1', token 4 of the answer: transformers says 104 \('.+'\), the engine 2 \('.+'\), with logits 2 apart",
+        r"prompt 'prompt 1', token 4 of the answer: transformers says 104 \('.+'\), the engine 2 \('.+'\), "
+        r"with logits 2 apart",
         str(caught.value),
     )
 
@@ -149,16 +163,12 @@ def test_default_prompts_agree(engine: TinyEngine):
 
 
 def test_engine_of_other_weights_is_found_out(engine: TinyEngine, tmp_path: Path):
-    import tiny_checkpoints
-
     other = resolve(str(tiny_checkpoints.make("gpt2", tmp_path, seed=1)))
     with pytest.raises(VerifyError, match="does not say what the checkpoint says, for 2 of 2 prompts"):
         verify.verify(engine.folder, other, ["Hello", "One, two"])
 
 
 def test_engine_with_another_tokenizer_is_found_out(engine: TinyEngine, tmp_path: Path):
-    import tiny_checkpoints
-
     other = resolve(str(tiny_checkpoints.make("opt", tmp_path)))
     with pytest.raises(VerifyError, match=r"tokenizer\.json gives other ids than transformers for 'Hello'"):
         verify.verify(engine.folder, other, ["Hello"])

@@ -276,10 +276,9 @@ class Dispatcher:
             case _Begin(exchange, answers):
                 self._begin(exchange, answers)
             case _Admitted(exchange, engine_key):
-                if exchange.closed:
-                    self._slots.release()
-                else:
-                    exchange.engine_keys.add(engine_key)
+                exchange.engine_keys.add(engine_key)
+                if exchange.closed:  # while submit() went on: the engine has this request, or gets and aborts it there
+                    self._release(exchange, engine_key, abort=True)
             case _CancelKey(text_key):
                 if sequence := self._by_text_key.get(text_key):
                     self._close(sequence.answer.exchange, RequestCancelled("the client cancelled the request"))
@@ -348,14 +347,11 @@ class Dispatcher:
             sequence.next_send = 0.0
         siblings = self._by_engine_key[sequence.engine_key]
         if all(sibling.finish_reason for sibling in siblings):
-            self._release(sequence.engine_key, abort=any(sibling.cut_short for sibling in siblings))
+            self._release(answer.exchange, sequence.engine_key, abort=any(s.cut_short for s in siblings))
 
-    def _release(self, engine_key: int, *, abort: bool) -> None:
+    def _release(self, exchange: _Exchange, engine_key: int, *, abort: bool) -> None:
         """The engine is done with this key, or must be: its slot is free for the next request."""
-        sequences = self._by_engine_key.pop(engine_key, None)
-        if sequences is None:
-            return
-        exchange = sequences[0].answer.exchange
+        self._by_engine_key.pop(engine_key, None)
         if engine_key in exchange.engine_keys:
             exchange.engine_keys.discard(engine_key)
             if abort:
@@ -437,7 +433,7 @@ class Dispatcher:
             del self._by_text_key[sequence.text_key]
             self._ready.pop(sequence, None)
             self._num_streams -= sequence.answer.prompt.streaming
-            self._release(sequence.engine_key, abort=True)
+            self._release(exchange, sequence.engine_key, abort=True)
         try:
             exchange.responder.fail(error)
         except Exception:
