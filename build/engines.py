@@ -22,7 +22,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from assemble import Repository, assemble, check_output, check_served_name
+from assemble import assemble, check_output, check_served_name
 from checkpoint import Checkpoint, resolve
 from engine_manifest import EngineManifest
 from errors import BuildError, UnsupportedError, UsageError
@@ -344,9 +344,10 @@ def _report_error(error: BaseException, exit_code: int, *, as_json: bool, with_t
 def _in_words(report: dict[str, Any]) -> str:
     plan = report["plan"]
     limits = plan["limits"]
+    numbers = f"{plan['dtype']}, quantization {plan['quantization']}"
     lines = [
         f"model          {report['model']}" + (f" at {report['revision']}" if report["revision"] else ""),
-        f"engine         {plan['engine']}, {plan['dtype']}, quantization {plan['quantization']}, {plan['architecture']}",
+        f"engine         {plan['engine']}, {numbers}, {plan['architecture']}",
         f"limits         {limits['max_batch_size']} sequences, prompts of {limits['max_input_len']} tokens, "
         f"{limits['max_seq_len']} with the answer",
     ]

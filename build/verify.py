@@ -205,7 +205,7 @@ def reference(
     max_tokens: int,
     trust_remote_code: bool = False,
 ) -> list[Answer]:
-    """transformers' greedy answers in float32. Raises VerifyError where it and the engine disagree on a prompt's ids."""
+    """transformers' greedy answers in float32. Raises VerifyError where the engine's tokenizer gives other ids."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 

@@ -87,7 +87,8 @@ def check_repository(path: Path) -> dict:
     record = path / "repository.json"
     if found := NOT_IN_PATHS.search(str(path.absolute())):
         raise ServeError(
-            f"the path '{path.absolute()}' has {found[0]!r}, and tritonserver cannot load a repository from there; move it"
+            f"the path '{path.absolute()}' has {found[0]!r}, and tritonserver cannot load a repository from there; "
+            "move it"
         )
     if not path.is_dir():
         raise ServeError(
@@ -120,8 +121,10 @@ def check_ports(arguments: argparse.Namespace) -> None:
             try:
                 probe.bind((arguments.host, port))
             except OSError as error:
-                message = f"cannot listen on {arguments.host}:{port} ({error.strerror}); choose another --{name}-port or --host"
-                raise ServeError(message) from None
+                raise ServeError(
+                    f"cannot listen on {arguments.host}:{port} ({error.strerror}); "
+                    f"choose another --{name}-port or --host"
+                ) from None
 
 
 def find_tritonserver(given: Path | None) -> Tritonserver:

@@ -27,10 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint import Checkpoint
-from compilers import CompiledModel, tokenizer_files
-from compilers.quiet_libraries import quiet_libraries
 from errors import BuildError, CompileError, UnsupportedError, UsageError
 from plan import BuildRequest, EnginePlan
+
+from compilers import CompiledModel, tokenizer_files
+from compilers.quiet_libraries import quiet_libraries
 
 # openvino, optimum, nncf and transformers are imported inside functions: together they take six seconds.
 

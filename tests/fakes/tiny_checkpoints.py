@@ -377,9 +377,7 @@ RECIPES: dict[str, Recipe] = {
         config={**_QWEN, "head_dim": 16},
         generation=_QWEN_GENERATION,
     ),
-    "gemma": Recipe(
-        config_class="GemmaConfig", write_tokenizer=_write_gemma, config=_GEMMA, damp_embedding=True
-    ),
+    "gemma": Recipe(config_class="GemmaConfig", write_tokenizer=_write_gemma, config=_GEMMA, damp_embedding=True),
     "gemma2": Recipe(
         config_class="Gemma2Config",
         write_tokenizer=_write_gemma,
@@ -389,7 +387,10 @@ RECIPES: dict[str, Recipe] = {
     "gemma3": Recipe(
         config_class="Gemma3TextConfig",
         write_tokenizer=_write_gemma,
-        config={**_GEMMA, "sliding_window": 16, "query_pre_attn_scalar": 16},
+        config={
+            **{**_GEMMA, "sliding_window": 16, "query_pre_attn_scalar": 16},
+            "layer_types": ["sliding_attention", "full_attention"],  # each with a rotary base of its own
+        },
         damp_embedding=True,
     ),
     "phi3": Recipe(

@@ -274,8 +274,10 @@ def test_tokenizer_json_gives_the_ids_of_transformers(name: str, build: Build):
 
 @pytest.mark.parametrize(
     ("name", "first"),
-    [("gpt2", None), ("opt", "</s>"), ("llama", "<s>"), ("llama3", "<|begin_of_text|>"), ("qwen3", None)]
-    + [("mistral", "<s>"), ("gemma", "<bos>"), ("phi3", None)],
+    [
+        *(("gpt2", None), ("opt", "</s>"), ("llama", "<s>"), ("llama3", "<|begin_of_text|>")),
+        *(("qwen3", None), ("mistral", "<s>"), ("gemma", "<bos>"), ("phi3", None)),
+    ],
 )
 def test_prompt_begins_with_the_begin_token_where_transformers_puts_one(name: str, first: str | None, build: Build):
     tokens = Tokenizer.from_file(str(build(name).folder / "tokenizer.json")).encode("Hello").tokens

@@ -201,6 +201,13 @@ def test_folder_without_an_engine_is_a_store_error(engine: TinyEngine, tmp_path:
         verify.verify(tmp_path, engine.checkpoint)
 
 
+def test_engine_of_another_kind_is_refused(engine: TinyEngine, tmp_path: Path):
+    manifest = json.loads((engine.folder / "engine.json").read_text())
+    (tmp_path / "engine.json").write_text(json.dumps({**manifest, "engine": "tensorrt"}))
+    with pytest.raises(UsageError, match="--verify compares OpenVINO engines"):
+        verify.verify(tmp_path, engine.checkpoint)
+
+
 def test_engine_that_does_not_load_is_one_sentence(engine: TinyEngine, tmp_path: Path):
     for name in ("engine.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((engine.folder / name).read_bytes())

@@ -1,4 +1,5 @@
-"""The model `postprocessing`: token ids to text. The work is in text_states.py and text_decoding.py.
+"""The model `postprocessing`: token ids to text. The work is in text_states.py and text_decoding.py, and in
+whole_sequences.py for requests that do not come from `tensorrt_llm`.
 
 It is also where a vanished client is noticed: Triton marks the request of an ensemble's next step as cancelled, and
 this is the next step after `tensorrt_llm` (see cancel_channel.py).
@@ -6,6 +7,7 @@ this is the next step after `tensorrt_llm` (see cancel_channel.py).
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from pathlib import Path
@@ -16,13 +18,16 @@ from cancel_channel import CancelSender
 from chunk_header import ChunkHeader
 from text_decoding import load_tokenizer
 from text_states import TextStates
+from whole_sequences import SequenceError, decode_sequences
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="postprocessing: %(message)s")
         engine_folder = Path(args["model_repository"]).parent / "tensorrt_llm" / "1" / "engine"
-        self._states = TextStates(load_tokenizer(engine_folder))
+        self._tokenizer = load_tokenizer(engine_folder)
+        self._vocab_size = json.loads((engine_folder / "engine.json").read_text())["vocab_size"]
+        self._states = TextStates(self._tokenizer)
         self._cancel = CancelSender()
 
     def execute(self, requests: list) -> list:
@@ -32,9 +37,14 @@ class TritonPythonModel:
         self._cancel.close()
 
     def _respond(self, request) -> pb_utils.InferenceResponse:
+        header = pb_utils.get_input_tensor_by_name(request, "CHUNK_HEADER")
+        return self._decode_whole(request) if header is None else self._decode_chunk(request, header.as_numpy())
+
+    def _decode_chunk(self, request, header: np.ndarray) -> pb_utils.InferenceResponse:
+        """One response of `tensorrt_llm`: header [1, sequences, 3 or more], a row of tokens for each."""
         headers = []
         try:
-            headers = self._headers(request)
+            headers = [ChunkHeader.from_row(row) for row in header[0].tolist()]
             if request.is_cancelled():
                 # Nobody reads this text, but it must not be an error: while tensorrt_llm still works for the same
                 # request, that makes Triton before 26.03 count it as in flight for ever, and wait for it at shutdown.
@@ -42,13 +52,18 @@ class TritonPythonModel:
                 texts = [""] * len(headers)
             else:
                 texts = self._texts(request, headers)
-            text = np.array([[text.encode() for text in texts]], np.object_)
-            return pb_utils.InferenceResponse([pb_utils.Tensor("OUTPUT", text)])
+            return _answer(np.array([[text.encode() for text in texts]], np.object_))
         except Exception:
             logging.exception("a chunk could not be decoded")
             self._cancel_all(headers)
-            message = "the server failed to decode this answer; its log has the reason"
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INTERNAL))
+            return _failed("the server failed to decode this answer; its log has the reason")
+
+    def _texts(self, request, headers: list[ChunkHeader]) -> list[str]:
+        ids, lengths = _array(request, "TOKENS_BATCH")[0], _array(request, "SEQUENCE_LENGTH")[0].tolist()
+        return [
+            self._states.text_of(header, row[:length].tolist())
+            for header, row, length in zip(headers, ids, lengths, strict=True)
+        ]
 
     def _cancel_all(self, headers: list[ChunkHeader]) -> None:
         for header in headers:
@@ -56,17 +71,24 @@ class TritonPythonModel:
                 self._states.forget(header.key)
                 self._cancel.cancel_key(header.key)
 
-    @staticmethod
-    def _headers(request) -> list[ChunkHeader]:
-        tensor = pb_utils.get_input_tensor_by_name(request, "CHUNK_HEADER")
-        return [] if tensor is None else [ChunkHeader.from_row(row) for row in tensor.as_numpy()[0].tolist()]
+    def _decode_whole(self, request) -> pb_utils.InferenceResponse:
+        ids, lengths = _array(request, "TOKENS_BATCH"), _array(request, "SEQUENCE_LENGTH")
+        try:
+            return _answer(decode_sequences(self._tokenizer, self._vocab_size, ids, lengths))
+        except SequenceError as error:
+            return _failed(str(error), pb_utils.TritonError.INVALID_ARG)
+        except Exception:
+            logging.exception("sequences could not be decoded")
+            return _failed("the server failed on these tokens; its log has the reason")
 
-    def _texts(self, request, headers: list[ChunkHeader]) -> list[str]:
-        ids = pb_utils.get_input_tensor_by_name(request, "TOKENS_BATCH").as_numpy()[0]
-        lengths = pb_utils.get_input_tensor_by_name(request, "SEQUENCE_LENGTH").as_numpy()[0].tolist()
-        if not headers:  # NVIDIA's interface: every row is a whole sequence of its own
-            headers = [ChunkHeader(key=0)] * len(lengths)
-        return [
-            self._states.text_of(header, row[:length].tolist())
-            for header, row, length in zip(headers, ids, lengths, strict=True)
-        ]
+
+def _array(request, name: str) -> np.ndarray:
+    return pb_utils.get_input_tensor_by_name(request, name).as_numpy()
+
+
+def _answer(texts: np.ndarray) -> pb_utils.InferenceResponse:
+    return pb_utils.InferenceResponse([pb_utils.Tensor("OUTPUT", texts)])
+
+
+def _failed(message: str, code: int = pb_utils.TritonError.INTERNAL) -> pb_utils.InferenceResponse:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))

@@ -57,6 +57,14 @@ TRITON_PARAMETERS = frozenset(
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
+# Encoding a megabyte takes a second, and all others wait. So a long text is encoded from its beginning, this many
+# characters for every token that the engine takes and then twice as many, until it is known to be too long.
+_CHARACTERS_PER_TOKEN = 8
+
+_MAX_BAD_WORDS = 256
+_MAX_BAD_WORD_CHARACTERS = 1000
+
+
 class PromptError(Exception):
     """This prompt cannot be encoded: one sentence for the client."""
 
@@ -93,9 +101,9 @@ class PromptEncoder:
         """At least one id. Raises PromptError when there is none, or more than the engine takes."""
         if as_chat:
             # A template writes the special tokens that it wants.
-            ids = self.tokenizer.encode(self._apply_chat_template(prompt), add_special_tokens=False).ids
+            ids = self._encode_text(self._apply_chat_template(prompt), add_special_tokens=False)
         else:
-            ids = self.tokenizer.encode(prompt, add_special_tokens=True).ids
+            ids = self._encode_text(prompt, add_special_tokens=True)
             if self._is_doubled(ids):  # the client applied a chat template, which wrote it, and the tokenizer added it
                 ids = ids[1:]
         if not ids and self.bos_token_id is not None:
@@ -109,6 +117,19 @@ class PromptEncoder:
             )
         return ids
 
+    def _encode_text(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """All ids of `text`, unless they are certain to be too many: then PromptError, soon."""
+        length = _CHARACTERS_PER_TOKEN * self.max_input_len
+        while length < len(text):
+            beginning = self.tokenizer.encode(text[:length], add_special_tokens=False).ids
+            if len(beginning) > 2 * self.max_input_len:  # twice: the end of a text may merge what its cut-off kept apart
+                raise PromptError(
+                    f"text_input has {len(text)} characters, more than {2 * self.max_input_len} tokens; this engine "
+                    f"takes at most {self.max_input_len} (--max-input-len of the build); shorten it"
+                )
+            length *= 2
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
     def _is_doubled(self, ids: Sequence[int]) -> bool:
         """Whether the text began with the token that the tokenizer itself puts before every text."""
         return ids[:2] == [self.bos_token_id] * 2 and self.tokenizer.encode("").ids[:1] == [self.bos_token_id]
@@ -119,8 +140,15 @@ class PromptEncoder:
 
     def encode_words(self, words: Sequence[str]) -> list[list[int]]:
         """Ids of words that may not appear: each alone and after a space, which most tokenizers tell apart."""
+        words = [word for word in words if word]
+        if len(words) > _MAX_BAD_WORDS:
+            raise PromptError(f"bad_words has {len(words)} words; at most {_MAX_BAD_WORDS} can be kept out")
+        if (longest := max(map(len, words), default=0)) > _MAX_BAD_WORD_CHARACTERS:
+            raise PromptError(
+                f"bad_words has a word of {longest} characters; a word may have {_MAX_BAD_WORD_CHARACTERS}"
+            )
         encoded = []
-        for word in filter(None, words):
+        for word in words:
             for spelling in dict.fromkeys((word, " " + word)):
                 ids = self.tokenizer.encode(spelling, add_special_tokens=False).ids
                 if ids and ids not in encoded:

@@ -17,6 +17,13 @@ from tokenizers import Tokenizer
 
 Tensors = Mapping[str, np.ndarray]
 
+# Below this a temperature means greedy: the logits divided by it can be beyond what an engine's floats hold, and the
+# text is then noise. It is also vLLM's bound.
+_GREEDY_TEMPERATURE = 1e-5
+
+# Each is searched for after every token, by the one thread that serves all requests.
+_MAX_STOP_WORDS = 256
+
 # What the client called it, where that differs from the name of the tensor.
 _CLIENT_NAMES = {
     "request_output_len": "max_tokens (request_output_len)",
@@ -216,7 +223,7 @@ class RequestReader:
             temperature=temperature,
             top_k=min(top_k, self.limits.vocab_size),
             top_p=top_p,
-            greedy=not asked or beam_width > 1 or top_k == 1 or top_p == 0.0 or temperature == 0.0,
+            greedy=not asked or beam_width > 1 or top_k == 1 or top_p == 0.0 or temperature < _GREEDY_TEMPERATURE,
             # Without a seed every request gets its own: an engine's fixed default would repeat the same "random" text.
             seed=row.either("seed", "random_seed", secrets.randbits(63)),
             repetition_penalty=repetition_penalty,
@@ -247,7 +254,10 @@ class RequestReader:
             self.tokenizer.decode(list(ids), skip_special_tokens=False)
             for ids in row.word_list("stop_words_list", self.limits.vocab_size)
         ]
-        return [word for word in words if word]
+        words = [word for word in words if word]
+        if len(words) > _MAX_STOP_WORDS:
+            raise RequestError(f"stop_words has {len(words)} words; at most {_MAX_STOP_WORDS} can be watched for")
+        return words
 
     def _bad_words(self, row: _Row) -> list[tuple[int, ...]]:
         words = row.word_list("bad_words_list", self.limits.vocab_size)

@@ -1,0 +1,136 @@
+"""What is decided before anything long starts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoint import Checkpoint
+from errors import UnsupportedError, UsageError
+from plan import BuildRequest, EngineLimits, EnginePlan, choose_engine, make_plan
+
+CONFIG = {"architectures": ["GPT2LMHeadModel"], "n_positions": 1024}
+REQUEST = BuildRequest(model="gpt2")
+VERSIONS = {"openvino": "2", "nncf": "1"}
+
+
+def checkpoint(folder: Path, **config: Any) -> Checkpoint:
+    (folder / "config.json").write_text(json.dumps(config or CONFIG))
+    return Checkpoint(model="gpt2", revision="ab" * 20, path=folder, digest="cd" * 32)
+
+
+def plan_of(folder: Path, request: BuildRequest = REQUEST, **config: Any) -> EnginePlan:
+    return make_plan(request, checkpoint(folder, **config), "openvino", VERSIONS)
+
+
+def limits_of(folder: Path, request: BuildRequest = REQUEST, **config: Any) -> EngineLimits:
+    return plan_of(folder, request, architectures=["LlamaForCausalLM"], **config).limits
+
+
+def test_what_is_left_open_is_decided(tmp_path: Path):
+    assert plan_of(tmp_path) == EnginePlan(
+        engine="openvino",
+        model="gpt2",
+        revision="ab" * 20,
+        checkpoint_digest="cd" * 32,
+        architecture="GPT2LMHeadModel",
+        dtype="float32",
+        quantization="none",
+        tensor_parallel=1,
+        pipeline_parallel=1,
+        gpu=None,
+        limits=EngineLimits(max_batch_size=16, max_input_len=1023, max_seq_len=1024, max_beam_width=4),
+        trust_remote_code=False,
+        compiler_versions=(("nncf", "1"), ("openvino", "2")),
+    )
+
+
+def test_what_was_asked_for_is_kept(tmp_path: Path):
+    request = BuildRequest(
+        model="gpt2",
+        dtype="bfloat16",
+        quantization="int4",
+        tensor_parallel=2,
+        pipeline_parallel=3,
+        gpu="NVIDIA-L4",
+        max_batch_size=5,
+        max_input_len=60,
+        max_seq_len=100,
+        trust_remote_code=True,
+    )
+    plan = plan_of(tmp_path, request)
+    assert (plan.dtype, plan.quantization, plan.gpu, plan.trust_remote_code) == ("bfloat16", "int4", "NVIDIA-L4", True)
+    assert (plan.tensor_parallel, plan.pipeline_parallel, plan.world_size) == (2, 3, 6)
+    assert plan.limits == EngineLimits(max_batch_size=5, max_input_len=60, max_seq_len=100, max_beam_width=4)
+
+
+@pytest.mark.parametrize(
+    ("config", "max_seq_len"),
+    [
+        ({"max_position_embeddings": 512}, 512),
+        ({"n_positions": 512}, 512),
+        ({"max_position_embeddings": 131072}, 4096),  # whoever needs more asks for it
+        ({}, 4096),  # a model without positions, such as one with ALiBi
+        ({"text_config": {"max_position_embeddings": 300}}, 300),
+        ({"text_config": None, "max_position_embeddings": 300}, 300),
+    ],
+)
+def test_the_length_is_the_models_or_4096(tmp_path: Path, config: dict[str, Any], max_seq_len: int):
+    assert limits_of(tmp_path, **config).max_seq_len == max_seq_len
+
+
+def test_more_than_4096_is_had_by_asking(tmp_path: Path):
+    request = replace(REQUEST, max_seq_len=131072)
+    assert limits_of(tmp_path, request, max_position_embeddings=131072).max_seq_len == 131072
+
+
+def test_the_longest_prompt_leaves_room_for_one_token(tmp_path: Path):
+    assert limits_of(tmp_path, replace(REQUEST, max_seq_len=2)).max_input_len == 1
+
+
+@pytest.mark.parametrize(
+    ("lengths", "sentence"),
+    [
+        ({"max_seq_len": 1}, "--max-seq-len 1 leaves no room for a prompt and an answer; use at least 2"),
+        ({"max_seq_len": 513}, "--max-seq-len 513 is more than the model's 512 positions; use at most 512"),
+        (
+            {"max_input_len": 512},
+            "--max-input-len 512 leaves no room for an answer within --max-seq-len 512; use at most 511",
+        ),
+        (
+            {"max_input_len": 64, "max_seq_len": 64},
+            "--max-input-len 64 leaves no room for an answer within --max-seq-len 64; use at most 63",
+        ),
+    ],
+)
+def test_impossible_lengths_are_refused(tmp_path: Path, lengths: dict[str, int], sentence: str):
+    with pytest.raises(UsageError) as caught:
+        limits_of(tmp_path, replace(REQUEST, **lengths), max_position_embeddings=512)
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(("architectures", "number"), [([], 0), (None, 0), (["A", "B"], 2)])
+def test_a_checkpoint_names_one_architecture(tmp_path: Path, architectures: Any, number: int):
+    with pytest.raises(UnsupportedError, match=rf"config\.json of 'gpt2' names {number} architectures; give a checkpoint"):
+        plan_of(tmp_path, architectures=architectures, n_positions=8)
+
+
+@pytest.mark.parametrize(
+    ("choice", "products", "engine", "reason"),
+    [
+        ("auto", [], "openvino", "auto: no NVIDIA GPU here"),
+        ("auto", ["NVIDIA-L4", "NVIDIA-T4"], "tensorrt", "auto: this machine has NVIDIA-L4"),
+        ("openvino", ["NVIDIA-L4"], "openvino", "asked for"),
+        ("pytorch", [], "pytorch", "asked for"),
+    ],
+)
+def test_the_engine_kind_has_a_reason(choice: Any, products: list[str], engine: str, reason: str):
+    assert choose_engine(choice, products) == (engine, reason)
+
+
+def test_everything_but_the_models_name_decides_the_key(tmp_path: Path):
+    named = {field.name for field in fields(EnginePlan)}
+    assert set(plan_of(tmp_path).key_fields()) == named - {"model"}
