@@ -201,7 +201,7 @@ def parse(argv: list[str]) -> tuple[BuildRequest, Options, argparse.Namespace]:
         help="auto: tensorrt where there is an NVIDIA GPU, else openvino (default: auto)",
     )
     what.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="type of the weights (default: auto, float32 on a CPU)"
+        "--dtype", choices=DTYPES, default="auto", help="type of the weights (default: auto; on a CPU float32, or bfloat16 with --quantization)"
     )
     what.add_argument(
         "--quantization", choices=QUANTIZATIONS, default="none", help="weights of fewer bits (default: none)"

@@ -110,8 +110,7 @@ def make_plan(
         revision=checkpoint.revision,
         checkpoint_digest=checkpoint.digest,
         architecture=architectures[0],
-        # float32 is exact and is what a CPU computes best unless told otherwise; 16 bits are for those who ask.
-        dtype="float32" if request.dtype == "auto" else request.dtype,
+        dtype=_dtype(request),
         quantization=request.quantization,
         tensor_parallel=request.tensor_parallel,
         pipeline_parallel=request.pipeline_parallel,
@@ -120,6 +119,13 @@ def make_plan(
         trust_remote_code=request.trust_remote_code,
         compiler_versions=tuple(sorted(versions.items())),
     )
+
+
+def _dtype(request: BuildRequest) -> DType:
+    """float32 is exact. Weights of 8 or 4 bits are not, and computing with them in 16 bits is faster."""
+    if request.dtype != "auto":
+        return request.dtype
+    return "float32" if request.quantization == "none" else "bfloat16"
 
 
 def _limits(request: BuildRequest, config: Mapping[str, Any]) -> EngineLimits:

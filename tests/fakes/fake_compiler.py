@@ -1,6 +1,6 @@
 """In place of compilers/openvino_compiler.py: the same functions, with files of a few bytes for an engine.
 
-    python tests/fakes/fake_compiler.py GATE --model ...    engines.main with it; compiling lasts until GATE exists
+python tests/fakes/fake_compiler.py GATE --model ...    engines.main with it; compiling lasts until GATE exists
 """
 
 from __future__ import annotations

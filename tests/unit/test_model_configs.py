@@ -8,8 +8,12 @@ import sys
 from collections.abc import Collection, Mapping
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from chunk_header import ChunkHeader
+from chunks import CONSTANT_ARRAYS, Chunk, SequenceChunk, chunk_arrays
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
@@ -27,6 +31,13 @@ UNREAD_INPUTS = {
 }
 
 Tensor = tuple[int, tuple[int, ...]]  # data type and dims
+
+NUMPY_TYPES = {
+    DataType.TYPE_STRING: np.object_,
+    DataType.TYPE_INT32: np.int32,
+    DataType.TYPE_INT64: np.int64,
+    DataType.TYPE_FP32: np.float32,
+}
 
 
 def load(model: str) -> ModelConfig:
@@ -48,12 +59,12 @@ every_model = pytest.mark.parametrize("model", MODELS)
 
 
 def test_these_are_the_models():
-    assert MODELS == ["ensemble", *PYTHON_MODELS]
+    assert set(MODELS) == {"ensemble", *PYTHON_MODELS}
 
 
 def test_every_folder_is_a_model():
     """Triton takes each folder of a repository for one, and does not start if it is none."""
-    assert sorted(path.name for path in MODEL_REPO.iterdir() if path.is_dir()) == MODELS
+    assert {path.name for path in MODEL_REPO.iterdir() if path.is_dir()} == set(MODELS)
 
 
 @every_model
@@ -110,13 +121,15 @@ def test_only_the_engine_streams(model: str):
     assert load(model).model_transaction_policy.decoupled == (model == "tensorrt_llm")
 
 
-def test_the_engines_queue_hands_over_one_request_at_a_time():
-    batching = load("tensorrt_llm").dynamic_batching
+@pytest.mark.parametrize("model", ["tensorrt_llm", "infer"])
+def test_a_model_that_waits_for_the_engine_takes_one_request_at_a_time(model: str):
+    """The others stay in Triton's queue, where they are counted."""
+    batching = load(model).dynamic_batching
     assert list(batching.preferred_batch_size) == [1]
     assert batching.max_queue_delay_microseconds == 0
 
 
-@pytest.mark.parametrize("model", ["preprocessing", "postprocessing", "infer"])
+@pytest.mark.parametrize("model", ["preprocessing", "postprocessing"])
 def test_other_models_have_no_queue_of_their_own(model: str):
     assert not load(model).HasField("dynamic_batching")
 
@@ -261,10 +274,11 @@ def strings_in(path: Path) -> set[str]:
     return {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
 
-def constant(path: Path, name: str) -> tuple[str, ...]:
+def constant(path: Path, name: str) -> Any:
+    """The value of a constant of a Python file, which uses nothing but itself."""
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
-            return ast.literal_eval(node.value)
+            return eval(compile(ast.Expression(node.value), str(path), "eval"), {"__builtins__": {}})
     raise AssertionError(f"{path} has no {name}")
 
 
@@ -283,12 +297,47 @@ def test_the_request_reader_knows_every_input_that_it_gets():
     ("model", "file"),
     [
         ("preprocessing", "model.py"),
-        ("tensorrt_llm", "response_writing.py"),
+        ("tensorrt_llm", "chunks.py"),
         ("postprocessing", "model.py"),
     ],
 )
 def test_every_output_is_written(model: str, file: str):
     assert outputs(model).keys() <= strings_in(MODEL_REPO / model / "1" / file)
+
+
+def test_a_chunk_has_the_types_and_dims_of_the_config():
+    sequence = SequenceChunk(
+        header=ChunkHeader(key=1, context=[5, 6]),
+        token_ids=[1, 2, 3],
+        num_output_tokens=3,
+        log_probs=[-1.0, -2.0, -3.0],
+        cumulative_log_prob=-6.0,
+        finish_reason="stop",
+    )
+    chunk = Chunk(
+        batch_index=0, sequence_index=0, num_input_tokens=2, sequences=[sequence, sequence], times_ns=(1, 2, 3, 4)
+    )
+    arrays = {**CONSTANT_ARRAYS, **chunk_arrays(chunk)}
+    assert arrays.keys() == outputs("tensorrt_llm").keys()
+    for name, (data_type, dims) in outputs("tensorrt_llm").items():
+        assert arrays[name].dtype == NUMPY_TYPES[data_type], name
+        batch, *shape = arrays[name].shape
+        assert batch == 1
+        assert len(shape) == len(dims), name
+        assert all(size in (-1, actual) for size, actual in zip(dims, shape, strict=True)), name
+
+
+def test_preprocessing_has_the_names_that_the_ensemble_connects():
+    model = MODEL_REPO / "preprocessing/1/model.py"
+    assert constant(model, "_INPUTS") == steps()["preprocessing"][0]
+    to_engine = {name: tensor for tensor, name in steps()["tensorrt_llm"][0].items()}
+    connected = {to_engine[name]: tensor for tensor, name in steps()["preprocessing"][1].items()}
+    assert constant(model, "_OUTPUTS") == connected
+
+
+def test_infer_gives_the_engine_what_the_ensemble_does():
+    from_client = {name: tensor for tensor, name in steps()["tensorrt_llm"][0].items() if name in inputs("ensemble")}
+    assert constant(MODEL_REPO / "infer/1/model.py", "ENGINE_NAMES") == from_client
 
 
 @pytest.mark.parametrize("model", ["preprocessing", "postprocessing"])

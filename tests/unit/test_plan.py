@@ -114,7 +114,9 @@ def test_impossible_lengths_are_refused(tmp_path: Path, lengths: dict[str, int],
 
 @pytest.mark.parametrize(("architectures", "number"), [([], 0), (None, 0), (["A", "B"], 2)])
 def test_a_checkpoint_names_one_architecture(tmp_path: Path, architectures: Any, number: int):
-    with pytest.raises(UnsupportedError, match=rf"config\.json of 'gpt2' names {number} architectures; give a checkpoint"):
+    with pytest.raises(
+        UnsupportedError, match=rf"config\.json of 'gpt2' names {number} architectures; give a checkpoint"
+    ):
         plan_of(tmp_path, architectures=architectures, n_positions=8)
 
 

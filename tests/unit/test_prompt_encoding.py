@@ -21,6 +21,7 @@ from prompt_encoding import (
     refuse_unknown_parameters,
     word_list_array,
 )
+from prompt_tensors import encode_prompts
 from transformers import AutoTokenizer
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
@@ -294,6 +295,75 @@ def test_words_take_nvidias_form(words: list[list[int]], array: list[list[int]])
     result = word_list_array(words)
     assert result.dtype == np.int32
     assert result.tolist() == array
+
+
+# ---- a request's tensors -----------------------------------------------------------------------------------------
+
+
+def strings(*rows: list[str]) -> np.ndarray:
+    return np.array([[text.encode() for text in row] for row in rows], np.object_)
+
+
+def test_prompts_are_padded_to_the_longest(engine: Folder):
+    encoder = load(engine("gpt2"))
+    short, long = encoder.encode("dog"), encoder.encode("The quick brown fox")
+    arrays = encode_prompts(encoder, {"text_input": strings(["dog"], ["The quick brown fox"])})
+    assert arrays["input_ids"].tolist() == [short + [0] * (len(long) - len(short)), long]
+    assert arrays["input_lengths"].tolist() == [[len(short)], [len(long)]]
+    assert arrays["request_output_len"].tolist() == [[16], [16]]
+
+
+def test_what_the_client_says_of_the_length_is_left_to_the_engine(engine: Folder):
+    tensors = {"text_input": strings(["dog"]), "max_tokens": np.array([[-5]], np.int32)}
+    assert encode_prompts(load(engine("gpt2")), tensors)["request_output_len"].tolist() == [[-5]]
+
+
+@pytest.mark.parametrize("empty", [strings([""]), np.zeros((1, 0), np.object_)], ids=["a string", "no value"])
+def test_an_empty_text_is_an_empty_prompt(engine: Folder, empty: np.ndarray):
+    encoder = load(engine("gpt2"))
+    assert encode_prompts(encoder, {"text_input": empty})["input_ids"].tolist() == [[encoder.bos_token_id]]
+
+
+def test_without_words_there_are_none(engine: Folder):
+    arrays = encode_prompts(load(engine("gpt2")), {"text_input": strings(["a"], ["b"])})
+    assert arrays["stop_words"].tolist() == [[b""], [b""]]
+    assert arrays["bad_words_list"].shape == (2, 2, 0)
+
+
+def test_every_prompt_has_its_words(engine: Folder):
+    encoder = load(engine("gpt2"))
+    words = strings(["dog", ""], ["日本", "b"])
+    arrays = encode_prompts(encoder, {"text_input": strings(["a"], ["b"]), "stop_words": words, "bad_words": words})
+    assert arrays["stop_words"].tolist() == words.tolist()
+    for row, texts in zip(arrays["bad_words_list"], (["dog"], ["日本", "b"]), strict=True):
+        ids, ends = row.tolist()
+        expected = encoder.encode_words(texts)
+        starts = [0, *ends][: len(expected)]
+        assert [ids[start:end] for start, end in zip(starts, ends, strict=False)] == expected
+        assert set(ends[len(expected) :]) <= {-1}
+
+
+def test_each_prompt_is_a_chat_or_not(engine: Folder):
+    encoder = load(engine("gpt2", chat_template="<{{ messages[0].content }}>"))
+    tensors = {"text_input": strings(["dog"], ["dog"]), "apply_chat_template": np.array([[True], [False]])}
+    ids, lengths = (encode_prompts(encoder, tensors)[name].tolist() for name in ("input_ids", "input_lengths"))
+    assert ids[0][: lengths[0][0]] == encoder.tokenizer.encode("<dog>").ids
+    assert ids[1][: lengths[1][0]] == encoder.tokenizer.encode("dog").ids
+
+
+@pytest.mark.parametrize(
+    ("tensors", "sentence"),
+    [
+        ({}, "text_input is missing; send the prompt as text"),
+        ({"text_input": np.array([[b"\xff"]], np.object_)}, "text_input is not UTF-8: byte 0 is 0xff"),
+        ({"text_input": strings(["a"]), "stop_words": np.array([[b"\xff"]], np.object_)}, "stop_words is not UTF-8"),
+        ({"text_input": strings(["a"]), "bad_words": np.array([[b"a", b"\xe4"]], np.object_)}, "bad_words is not"),
+    ],
+    ids=["nothing", "text_input", "stop_words", "bad_words"],
+)
+def test_a_tensor_that_is_missing_or_broken_is_named(engine: Folder, tensors: dict, sentence: str):
+    with pytest.raises(PromptError, match=sentence):
+        encode_prompts(load(engine("gpt2")), tensors)
 
 
 # ---- parameters --------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from typing import Any
 
 import numpy as np
@@ -136,6 +138,27 @@ def test_no_two_generations_have_the_same_key(reader: RequestReader):
     many += [read(reader, temperature=1.0, num_return_sequences=8)]
     keys = [generation.key for prompt in many for generation in prompt.generations]
     assert len(set(keys)) == len(keys) == 13
+
+
+def test_threads_that_read_at_the_same_time_get_different_keys(reader: RequestReader):
+    keys: list[int] = []
+    go = threading.Barrier(4)
+
+    def read_many() -> None:
+        go.wait()
+        keys.extend(read(reader).generations[0].key for _ in range(500))
+
+    threads = [threading.Thread(target=read_many) for _ in range(4)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(set(keys)) == 4 * 500
 
 
 def test_keys_leave_room_for_the_beam(byte_level: Tokenizer):

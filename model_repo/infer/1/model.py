@@ -115,6 +115,16 @@ class _Answer:
         self._rows: dict[int, dict[str, np.ndarray]] = {}
 
     def send(self, chunk: Chunk, *, final: bool) -> None:
+        """Never raises: the thread that calls it is the one that brings everybody's answers."""
+        if self.is_over:
+            return
+        try:
+            self._take(chunk, final=final)
+        except Exception:
+            logging.exception("an answer could not be written")
+            self.fail(RuntimeError("the server failed on this answer; its log has the reason"))
+
+    def _take(self, chunk: Chunk, *, final: bool) -> None:
         texts = [self._texts.text_of(sequence.header, sequence.token_ids).encode() for sequence in chunk.sequences]
         row = {"text_output": np.array([texts], np.object_), **CONSTANT_ARRAYS, **chunk_arrays(chunk)}
         self._rows[chunk.batch_index] = row

@@ -56,7 +56,8 @@ class TritonPythonModel:
         except Exception:
             logging.exception("a chunk could not be decoded")
             self._cancel_all(headers)
-            return _failed("the server failed to decode this answer; its log has the reason")
+            message = "the server failed to decode this answer; its log has the reason"
+            return _failed(message, pb_utils.TritonError.INTERNAL)
 
     def _texts(self, request, headers: list[ChunkHeader]) -> list[str]:
         ids, lengths = _array(request, "TOKENS_BATCH")[0], _array(request, "SEQUENCE_LENGTH")[0].tolist()
@@ -79,7 +80,8 @@ class TritonPythonModel:
             return _failed(str(error), pb_utils.TritonError.INVALID_ARG)
         except Exception:
             logging.exception("sequences could not be decoded")
-            return _failed("the server failed on these tokens; its log has the reason")
+            message = "the server failed on these tokens; its log has the reason"
+            return _failed(message, pb_utils.TritonError.INTERNAL)
 
 
 def _array(request, name: str) -> np.ndarray:
@@ -90,5 +92,5 @@ def _answer(texts: np.ndarray) -> pb_utils.InferenceResponse:
     return pb_utils.InferenceResponse([pb_utils.Tensor("OUTPUT", texts)])
 
 
-def _failed(message: str, code: int = pb_utils.TritonError.INTERNAL) -> pb_utils.InferenceResponse:
+def _failed(message: str, code: int) -> pb_utils.InferenceResponse:
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))

@@ -220,6 +220,8 @@ def decode_utf8(value: bytes, name: str) -> str:
 def refuse_unknown_parameters(names: Collection[str]) -> None:
     """The generate endpoints turn every JSON key that names no input into a parameter, and Triton then ignores it."""
     for name in names:
+        if name in CLIENT_INPUTS:  # from clients of /infer and gRPC, which write both
+            raise PromptError(f"'{name}' came as a parameter, where it has no effect; send it as an input tensor")
         if name not in TRITON_PARAMETERS and not name.startswith("triton_"):
             nearest = difflib.get_close_matches(name, CLIENT_INPUTS, n=1)
             hint = f"perhaps you meant '{nearest[0]}'" if nearest else "leave it out"

@@ -60,7 +60,7 @@ class _Exchange:
 
     responder: Responder
     prompts_left: int
-    engine_keys: set[int] = field(default_factory=set)  # submitted and not finished
+    engine_keys: set[int] = field(default_factory=set)  # the engine has them, and each has a slot
     closed: bool = False  # its final response is out
 
 
@@ -106,6 +106,8 @@ class _Begin:
 
 @dataclass(slots=True)
 class _Admitted:
+    """The engine has it, or has refused it: only now can it be aborted, and its slot be given away."""
+
     exchange: _Exchange
     engine_key: int
 
@@ -172,7 +174,6 @@ class Dispatcher:
                     self._slots.release()
                     continue
                 answer.scheduled_ns = answer.scheduled_ns or time.time_ns()
-                self._events.put(_Admitted(exchange, generation.key))
                 try:
                     self._engine.submit(generation, self._deliver_to(generation.key))
                 except RequestError as error:
@@ -180,8 +181,7 @@ class Dispatcher:
                 except Exception as error:
                     _log.exception("the engine refused request %d", generation.key)
                     self._events.put(_Event(generation.key, RequestError(f"the engine refused the request: {error}")))
-                if exchange.closed:  # perhaps while the engine took it, too late for the dispatcher's abort
-                    self._engine.abort(generation.key)
+                self._events.put(_Admitted(exchange, generation.key))
 
     def cancel_key(self, text_key: int) -> None:
         self._events.put(_CancelKey(text_key))
@@ -277,7 +277,7 @@ class Dispatcher:
                 self._begin(exchange, answers)
             case _Admitted(exchange, engine_key):
                 exchange.engine_keys.add(engine_key)
-                if exchange.closed:  # while submit() went on: the engine has this request, or gets and aborts it there
+                if engine_key not in self._by_engine_key:  # it ended while submit() was still handing it over
                     self._release(exchange, engine_key, abort=True)
             case _CancelKey(text_key):
                 if sequence := self._by_text_key.get(text_key):

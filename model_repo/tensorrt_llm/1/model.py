@@ -20,6 +20,7 @@ from cancel_channel import CancelListener
 from dispatcher import Dispatcher, Responder
 from engine_channel import EngineListener
 from engine_loading import load_engine
+from engine_manifest import ManifestError
 from engine_metrics import EngineMetrics
 from generation import EngineError, RequestError
 from request_reading import RequestReader, Tensors
@@ -63,7 +64,11 @@ class TritonPythonModel:
         version_folder = Path(args["model_repository"]) / args["model_version"]
         settings = json.loads((version_folder / "settings.json").read_text())
         engine_folder = version_folder / "engine"
-        self._engine, manifest = load_engine(engine_folder)
+        try:
+            self._engine, manifest = load_engine(engine_folder)
+        except (ManifestError, EngineError) as error:
+            logging.critical("%s", error)
+            raise pb_utils.TritonModelException(str(error)) from None
         tokenizer = load_tokenizer(engine_folder)
         self._reader = RequestReader(
             limits=self._engine.limits,

@@ -18,6 +18,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
+
+# openvino reports its use to its makers when this package is there; a server of ours tells nobody what it does.
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 import openvino
 import openvino_genai
 import psutil

@@ -6,9 +6,10 @@ inputs, which is what a client sent; where `tensorrt_llm` calls the same thing o
 
 from __future__ import annotations
 
+import itertools
 import math
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -65,7 +66,8 @@ class RequestReader:
     tokenizer: Tokenizer
     end_ids: Sequence[int]
     exclude_input_in_output: bool = True
-    _next_key: int = field(default_factory=lambda: secrets.randbits(48))  # random: a stale message hits nobody
+    # From a random number on, so that a stale message hits nobody. Threads that read at the same time share it.
+    _keys: Iterator[int] = field(default_factory=lambda: itertools.count(1 + secrets.randbits(48)))
 
     def read(self, tensors: Tensors) -> list[Prompt]:
         """All prompts of one request. Raises RequestError for the first thing that is wrong."""
@@ -99,7 +101,7 @@ class RequestReader:
         beams = sampling.beam_width > 1
         generations = [
             GenerationRequest(
-                key=self._take_key(),
+                key=next(self._keys),
                 prompt_ids=prompt_ids,
                 max_tokens=max_tokens,
                 min_tokens=min_tokens,
@@ -120,10 +122,6 @@ class RequestReader:
             keep_special_tokens=not row.flag("skip_special_tokens", True),
             stop_words=self._stop_words(row),
         )
-
-    def _take_key(self) -> int:
-        self._next_key += 1
-        return self._next_key
 
     def _need(self, capability: Capability, what: str) -> None:
         if capability not in self.capabilities:
@@ -248,16 +246,14 @@ class RequestReader:
         return number
 
     def _stop_words(self, row: _Row) -> list[str]:
-        words = [_utf8(word, "stop_words") for word in row.values("stop_words")]
+        words = [_utf8(word, "stop_words") for word in row.values("stop_words") if word]
         # NVIDIA's form for clients that send ids; a word stops at its text, wherever token boundaries fall.
-        words += [
-            self.tokenizer.decode(list(ids), skip_special_tokens=False)
-            for ids in row.word_list("stop_words_list", self.limits.vocab_size)
-        ]
-        words = [word for word in words if word]
-        if len(words) > _MAX_STOP_WORDS:
-            raise RequestError(f"stop_words has {len(words)} words; at most {_MAX_STOP_WORDS} can be watched for")
-        return words
+        as_ids = row.word_list("stop_words_list", self.limits.vocab_size)
+        number = len(words) + len(as_ids)
+        if number > _MAX_STOP_WORDS:
+            raise RequestError(f"stop_words has {number} words; at most {_MAX_STOP_WORDS} can be watched for")
+        words += [self.tokenizer.decode(list(ids), skip_special_tokens=False) for ids in as_ids]
+        return [word for word in words if word]
 
     def _bad_words(self, row: _Row) -> list[tuple[int, ...]]:
         words = row.word_list("bad_words_list", self.limits.vocab_size)
