@@ -99,7 +99,7 @@ class TritonPythonModel:
     def _watch(self) -> None:
         while not self._stopping.wait(_CANCEL_POLL_SECONDS):
             for number, answer in list(self._waiting.items()):
-                if answer.is_over or answer.sender.is_cancelled():
+                if answer.is_over_or_cancelled():
                     self._engine.cancel(number)
                     del self._waiting[number]
 
@@ -108,8 +108,10 @@ class _Answer:
     """Collects one request's prompts and sends them as one response (`engine_channel.Answers`)."""
 
     def __init__(self, request, texts: TextStates):
-        self.sender = request.get_response_sender()
-        self.is_over = False
+        self._sender = request.get_response_sender()
+        # Asking a sender that has sent its last response, even at the same moment, ends tritonserver with SIGSEGV.
+        self._sender_lock = threading.Lock()
+        self._is_over = False
         self._output_names = request.requested_output_names()
         self._texts = texts
         self._rows: dict[int, dict[str, np.ndarray]] = {}
@@ -136,9 +138,14 @@ class _Answer:
     def fail(self, error: Exception) -> None:
         self._respond(pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), _code(error))))
 
+    def is_over_or_cancelled(self) -> bool:
+        with self._sender_lock:
+            return self._is_over or self._sender.is_cancelled()
+
     def _respond(self, response: pb_utils.InferenceResponse) -> None:
-        self.is_over = True
-        self.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        with self._sender_lock:
+            self._is_over = True
+            self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
 def _code(error: Exception) -> int:
