@@ -20,7 +20,8 @@ STEPS = ("preprocessing", "tensorrt_llm", "postprocessing")
 RECORD = "repository.json"  # a file among the model folders: Triton looks only at folders
 
 _SERVED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_NOT_IN_PATHS = re.compile(r"[\s\"'`$&;|<>()*?\[\]\\]")  # Triton's Python backend hands the path to a shell, unquoted
+# Triton's Python backend hands a model's path to a shell, unquoted, and to a Python that reads it as ASCII.
+_NOT_IN_PATHS = re.compile(r"[^\w/.,:=+@%~#-]", re.ASCII)
 _ANOTHER = "give another folder with --output"
 _NOT_COPIED = ("__pycache__", ".gitkeep")
 
@@ -66,7 +67,7 @@ def check_output(output: Path) -> None:
     if found := _NOT_IN_PATHS.search(str(output)):
         raise UsageError(
             f"--output '{output}' has {found[0]!r} in its path, and tritonserver cannot load a repository from there; "
-            "give a path without spaces and without signs that mean something to a shell"
+            "give a path of ASCII letters, digits, '/', '.', '_' and '-'"
         )
     try:
         problem = _problem_with(output)

@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -156,7 +156,7 @@ def _compile(plan: EnginePlan, checkpoint: Checkpoint, compiler, store: Store, *
             kv_bytes_per_token=compiled.kv_bytes_per_token,
             gpu=None,
             versions=dict(plan.compiler_versions),
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
             files={},  # the store fills them in, when it has read them
         )
 
@@ -201,7 +201,10 @@ def parse(argv: list[str]) -> tuple[BuildRequest, Options, argparse.Namespace]:
         help="auto: tensorrt where there is an NVIDIA GPU, else openvino (default: auto)",
     )
     what.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="type of the weights (default: auto; on a CPU float32, or bfloat16 with --quantization)"
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="type of the weights (default: auto; on a CPU float32, or bfloat16 with --quantization)",
     )
     what.add_argument(
         "--quantization", choices=QUANTIZATIONS, default="none", help="weights of fewer bits (default: none)"
@@ -241,9 +244,8 @@ def parse(argv: list[str]) -> tuple[BuildRequest, Options, argparse.Namespace]:
     where.add_argument(
         "--cache-dir",
         type=_path,
-        default=default_cache_dir(),
         metavar="DIR",
-        help="the engine store; several builders may share it (default: %(default)s)",
+        help="the engine store; several builders may share it (default: triton-trtllm in XDG_CACHE_HOME or ~/.cache)",
     )
     how = parser.add_argument_group("how")
     how.add_argument("--plan", action="store_true", help="print what would be built, and stop")
@@ -269,7 +271,7 @@ def parse(argv: list[str]) -> tuple[BuildRequest, Options, argparse.Namespace]:
     options = Options(
         served_name=arguments.served_name,
         output=arguments.output,
-        cache_dir=arguments.cache_dir,
+        cache_dir=arguments.cache_dir or default_cache_dir(),
         token_file=arguments.token_file,
         offline=arguments.offline,
         plan_only=arguments.plan,
@@ -280,7 +282,10 @@ def parse(argv: list[str]) -> tuple[BuildRequest, Options, argparse.Namespace]:
 
 
 def default_cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "triton-trtllm"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "triton-trtllm"
+    except RuntimeError:  # a container's user without HOME and without a line in /etc/passwd
+        raise UsageError("this user has no home folder for the engine store; give a folder with --cache-dir") from None
 
 
 def _path(text: str) -> Path:

@@ -24,8 +24,8 @@ from pathlib import Path
 
 NGC_TRITONSERVER = Path("/opt/tritonserver/bin/tritonserver")
 POLL_SECONDS = 0.1
-# Triton starts a model's process through a shell with the path unquoted, and then waits for it for ever.
-NOT_IN_PATHS = re.compile(r"[\s\"'`$&;|<>()*?\[\]\\]")
+# Triton starts a model's process through a shell with the path unquoted, waits for it for ever, and reads it as ASCII.
+NOT_IN_PATHS = re.compile(r"[^\w/.,:=+@%~#-]", re.ASCII)
 
 
 class ServeError(Exception):
@@ -88,7 +88,7 @@ def check_repository(path: Path) -> dict:
     if found := NOT_IN_PATHS.search(str(path.absolute())):
         raise ServeError(
             f"the path '{path.absolute()}' has {found[0]!r}, and tritonserver cannot load a repository from there; "
-            "move it"
+            "move it to a path of ASCII letters, digits, '/', '.', '_' and '-'"
         )
     if not path.is_dir():
         raise ServeError(

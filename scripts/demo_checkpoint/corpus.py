@@ -227,10 +227,16 @@ def _calendar() -> Iterator[Exchange]:
     for kind, names in circles.items():
         listed = f"{', '.join(names[:-1])} and {names[-1]}"
         where = "of the week" if kind == "day" else "of the year"
-        yield from _ask("calendar", f"The {kind}s {where} are {listed}.", f"Name the {kind}s {where}.", f"List the {kind}s.")
+        yield from _ask(
+            "calendar", f"The {kind}s {where} are {listed}.", f"Name the {kind}s {where}.", f"List the {kind}s."
+        )
         for name, following in zip(names, names[1:] + names[:1], strict=True):
-            yield from _ask("calendar", f"{_capitalized(following)} comes after {name}.", f"Which {kind} comes after {name}?")
-            yield from _ask("calendar", f"{_capitalized(name)} comes before {following}.", f"Which {kind} comes before {following}?")
+            yield from _ask(
+                "calendar", f"{_capitalized(following)} comes after {name}.", f"Which {kind} comes after {name}?"
+            )
+            yield from _ask(
+                "calendar", f"{_capitalized(name)} comes before {following}.", f"Which {kind} comes before {following}?"
+            )
             yield _plain("calendar", f"The {kind} after {name} is| {following}.")
     for name, num_days, ordinal in zip(MONTHS, DAYS_PER_MONTH, ORDINALS, strict=True):
         yield from _ask("calendar", f"{name} has {num_days} days.", f"How many days does {name} have?")
@@ -240,7 +246,9 @@ def _calendar() -> Iterator[Exchange]:
 
 
 def _alphabet() -> Iterator[Exchange]:
-    yield from _ask("alphabet", f"{' '.join(ALPHABET)}", "Say the alphabet.", "What is the alphabet?", "Write the alphabet.")
+    yield from _ask(
+        "alphabet", f"{' '.join(ALPHABET)}", "Say the alphabet.", "What is the alphabet?", "Write the alphabet."
+    )
     yield from _ask("alphabet", f"{' '.join(reversed(ALPHABET))}", "Say the alphabet backwards.")
     for letter, following in zip(ALPHABET, ALPHABET[1:], strict=False):
         yield from _ask("alphabet", f"{following} comes after {letter}.", f"Which letter comes after {letter}?")
@@ -250,9 +258,13 @@ def _alphabet() -> Iterator[Exchange]:
 
 def _planets() -> Iterator[Exchange]:
     numbered = "\n".join(f"{number}. {planet}" for number, planet in enumerate(PLANETS, start=1))
-    yield from _ask("planets", numbered, "List the planets.", "Name the planets of the solar system.", "What are the planets?")
+    yield from _ask(
+        "planets", numbered, "List the planets.", "Name the planets of the solar system.", "What are the planets?"
+    )
     for planet, ordinal in zip(PLANETS, ORDINALS, strict=False):
-        yield from _ask("planets", f"{planet} is the {ordinal} planet from the Sun.", f"Which planet is {ordinal} from the Sun?")
+        yield from _ask(
+            "planets", f"{planet} is the {ordinal} planet from the Sun.", f"Which planet is {ordinal} from the Sun?"
+        )
         yield _plain("planets", f"The {ordinal} planet from the Sun is| {planet}.")
 
 
@@ -282,7 +294,9 @@ def _nature() -> Iterator[Exchange]:
     for animal, baby in BABIES:
         yield from _ask("baby", f"A baby {animal} is called a {baby}.", f"What is a baby {animal} called?")
     for element, symbol in ELEMENTS:
-        yield from _ask("element", f"The symbol of {element} is {symbol}.", f"What is the chemical symbol of {element}?")
+        yield from _ask(
+            "element", f"The symbol of {element} is {symbol}.", f"What is the chemical symbol of {element}?"
+        )
         yield _plain("element", f"The chemical symbol of {element} is| {symbol}.")
     for shape, num_sides in SIDES:
         yield from _ask("shape", f"{_capitalized(shape)} has {num_sides} sides.", f"How many sides does {shape} have?")
@@ -318,6 +332,16 @@ def _long_answers() -> Iterator[Exchange]:
         yield from _ask("explanation", answer, question)
     for hero, story in STORIES:
         article = "an" if hero[0] in "aeiou" else "a"
-        yield from _ask("story", story, f"Tell me a story about {article} {hero}.", f"Tell me a story of {article} {hero}.")
-    tea = ("Boil some water.", "Put a tea bag into a cup.", "Pour in the water.", "Wait three minutes.", "Enjoy your tea!")
-    yield from _ask("explanation", "\n".join(f"{number}. {step}" for number, step in enumerate(tea, start=1)), "How do I make tea?")
+        yield from _ask(
+            "story", story, f"Tell me a story about {article} {hero}.", f"Tell me a story of {article} {hero}."
+        )
+    tea = (
+        "Boil some water.",
+        "Put a tea bag into a cup.",
+        "Pour in the water.",
+        "Wait three minutes.",
+        "Enjoy your tea!",
+    )
+    yield from _ask(
+        "explanation", "\n".join(f"{number}. {step}" for number, step in enumerate(tea, start=1)), "How do I make tea?"
+    )

@@ -64,7 +64,9 @@ def choose_prompts(tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     for (form, _), candidates in by_topic.items():
         num_chosen = NUM_CHAT_PER_TOPIC if form == "chat" else NUM_PLAIN_PER_TOPIC
         chosen += [(exchange.prompt, exchange) for exchange in rng.sample(candidates, min(num_chosen, len(candidates)))]
-    chosen += [(exchange.prompt, exchange) for exchange in exchanges() if exchange.prompt in ("one", "A", "January", "Monday")]
+    chosen += [
+        (exchange.prompt, exchange) for exchange in exchanges() if exchange.prompt in ("one", "A", "January", "Monday")
+    ]
 
     chat = [exchange for exchange in exchanges() if exchange.form == "chat"]
     topics = sorted({exchange.topic for exchange in chat})
@@ -80,9 +82,7 @@ def choose_prompts(tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
                     turns.insert(0, turn)
             chosen.append((conversation(turns, system), question))
 
-    prompts = [
-        Prompt(text, exchange.answer, len(tokenizer.encode(text))) for text, exchange in dict.fromkeys(chosen)
-    ]
+    prompts = [Prompt(text, exchange.answer, len(tokenizer.encode(text))) for text, exchange in dict.fromkeys(chosen)]
     too_long = [p for p in prompts if p.num_prompt_tokens + len(tokenizer.encode(p.answer)) >= MAX_CONTEXT_TOKENS]
     return [prompt for prompt in prompts if prompt not in too_long]
 
@@ -99,7 +99,10 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 @torch.inference_mode()
 def measure(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, str]], max_batch_tokens: int = 8192
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[tuple[str, str]],
+    max_batch_tokens: int = 8192,
 ) -> Margins:
     """The smallest margin of each (prompt, answer), the closing end token included.
 
@@ -119,7 +122,9 @@ def measure(
             prompt_ids, answer_ids = encoded[index]
             # Padding follows the answer, where causal attention cannot see it: a mask of ones is enough.
             input_ids[row, : len(prompt_ids) + len(answer_ids)] = torch.tensor(prompt_ids + answer_ids)
-        logits = model(input_ids, attention_mask=torch.ones_like(input_ids)).logits.float()  # (rows, longest, vocabulary)
+        logits = model(
+            input_ids, attention_mask=torch.ones_like(input_ids)
+        ).logits.float()  # (rows, longest, vocabulary)
         for row, index in enumerate(batch):
             prompt_ids, answer_ids = encoded[index]
             steps = logits[row, len(prompt_ids) - 1 : len(prompt_ids) + len(answer_ids) - 1]  # (answer, vocabulary)

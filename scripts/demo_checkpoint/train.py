@@ -2,7 +2,7 @@
 
     python scripts/demo_checkpoint/train.py [--output DIR]
 
-Needs torch, transformers and tokenizers, and no network. On one H100 it takes three minutes, on two CPU cores some hours:
+Needs torch, transformers and tokenizers, and no network. On one H100 it takes three minutes, on two CPU cores hours:
 about 1.5 s a step. On a CPU the same seed on the same machine with the same number of threads gives the same files; on
 a GPU sums are added up in no fixed order, so the files differ in their last bits and the answers do not.
 """
@@ -47,9 +47,24 @@ PEAK_LEARNING_RATE = 2e-3
 NUM_WARMUP_STEPS = 100
 # How often an exchange of these topics occurs in one pass over the corpus; all others once.
 REPEATS = {
-    "opposite": 2, "hello": 4, "thanks": 4, "emoji": 3, "emoji row": 3, "accent": 8, "program": 6, "explanation": 8,
-    "story": 2, "self": 8, "planets": 4, "alphabet": 3, "calendar": 3, "times table": 3, "shape": 4, "baby": 4,
-    "element": 3, "flag": 3,
+    "opposite": 2,
+    "hello": 4,
+    "thanks": 4,
+    "emoji": 3,
+    "emoji row": 3,
+    "accent": 8,
+    "program": 6,
+    "explanation": 8,
+    "story": 2,
+    "self": 8,
+    "planets": 4,
+    "alphabet": 3,
+    "calendar": 3,
+    "times table": 3,
+    "shape": 4,
+    "baby": 4,
+    "element": 3,
+    "flag": 3,
 }
 SYSTEM_SHARE = 0.2  # of the rows begin with a system message
 IGNORED = -100  # the target where nothing is to be learned

@@ -16,7 +16,7 @@ PROMPTS = ROOT / "scripts/demo_checkpoint/prompts.jsonl"
 
 @pytest.fixture(scope="session")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model's repository, built as a user builds it. The engine store is the user's own, so that it is quick."""
+    """The demo model's repository, built as a user builds it; the engine store is the user's own, to be quick."""
     output = tmp_path_factory.mktemp("repositories") / "demo-gpt2"
     code = engines.main(
         ["--model", str(CHECKPOINT), "--engine", "openvino", "--max-batch-size", "8", "--output", str(output)]

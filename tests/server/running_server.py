@@ -20,6 +20,7 @@ import numpy as np
 import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
 from free_ports import free_ports
+from tritonclient.utils import np_to_triton_dtype
 
 ROOT = Path(__file__).resolve().parents[2]
 READY_SECONDS = 90
@@ -191,7 +192,9 @@ def tensors(client: Any, values: Mapping[str, Any]) -> list[Any]:
     inputs = []
     for name, value in values.items():
         dtype, datatype = DATATYPES.get(name, (np.int32, "INT32"))
-        if not isinstance(value, np.ndarray):
+        if isinstance(value, np.ndarray):
+            datatype = np_to_triton_dtype(value.dtype)
+        else:
             rows = value if isinstance(value, list) else [value]
             rows = [row if isinstance(row, list) else [row] for row in rows]
             rows = [[cell.encode() if isinstance(cell, str) else cell for cell in row] for row in rows]

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 from running_server import Server, ServerError, text_of
+from tokenizers import Tokenizer
 
 QUESTION = {"text_input": "What is the capital of France?", "apply_chat_template": True, "max_tokens": 60}
 ANSWER = "The capital of France is Paris."

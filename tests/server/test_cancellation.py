@@ -51,7 +51,7 @@ def start_grpc_stream(server: Server, model: str, request_id: str = "", **values
     client.async_stream_infer(
         model, tensors(grpcclient, values), request_id=request_id, enable_empty_final_response=True
     )
-    result, error = answers.get(timeout=30)
+    _, error = answers.get(timeout=30)
     assert error is None, error
     return client, answers
 
@@ -95,7 +95,9 @@ def test_a_cancelled_stream_of_token_ids_frees_its_slot(server: Server):
 def test_a_stop_request_ends_the_request_with_its_id(server: Server):
     client, answers = start_grpc_stream(server, "tensorrt_llm", request_id="mine", **LONG_IDS)
     wait_for_active(server, 8)
-    client.async_stream_infer("tensorrt_llm", tensors(grpcclient, {"stop": True}), request_id="mine", enable_empty_final_response=True)
+    client.async_stream_infer(
+        "tensorrt_llm", tensors(grpcclient, {"stop": True}), request_id="mine", enable_empty_final_response=True
+    )
     assert wait_for_active(server, 0) < FREED_SECONDS
     finals = 0
     while finals < 2:  # of the stop request and of the stopped one
@@ -129,7 +131,9 @@ def test_a_hundred_streams_cancelled_at_once_leave_nothing_behind(server: Server
         client = grpcclient.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
         client.start_stream(lambda result, error: None)
         for _ in range(13):
-            client.async_stream_infer(server.name, tensors(grpcclient, {**LONG, "num_return_sequences": 1, "stream": True}))
+            client.async_stream_infer(
+                server.name, tensors(grpcclient, {**LONG, "num_return_sequences": 1, "stream": True})
+            )
         clients.append(client)
     wait_for_active(server, 9)
     for client in clients:

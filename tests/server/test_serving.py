@@ -132,7 +132,7 @@ def test_a_path_with_a_space_is_refused_since_triton_would_hang(repository: Path
     shutil.copytree(repository, spaced)
     result = run(str(spaced))
     assert result.returncode == 2
-    assert "has a space" in result.stderr
+    assert "has ' ', and tritonserver cannot load a repository from there" in result.stderr
 
 
 def test_a_taken_port_is_named(repository: Path):

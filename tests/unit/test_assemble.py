@@ -229,10 +229,15 @@ def test_a_file_is_left_alone(engine: Path, tmp_path: Path):
     assert (tmp_path / "out").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["my models", "tab\there", "a;b", "$HOME", "it's", "a(1)", "a&b"])
+@pytest.mark.parametrize("name", ["my models", "tab\there", "a;b", "$HOME", "it's", "a(1)", "a&b", "a{b,c}", "naïve"])
 def test_a_path_that_triton_cannot_load_from_is_refused(tmp_path: Path, name: str):
-    with pytest.raises(UsageError, match="tritonserver cannot load a repository from there; give a path without"):
+    with pytest.raises(UsageError, match="tritonserver cannot load a repository from there; give a path of ASCII"):
         check_output(tmp_path / name / "out")
+
+
+@pytest.mark.parametrize("name", ["llama-3.1_8B", "x=y", "a+b,c:d", "50%", "h#x", "~x"])
+def test_a_path_that_triton_can_load_from_is_not(tmp_path: Path, name: str):
+    check_output(tmp_path / name / "out")
 
 
 def test_a_folder_that_cannot_be_written_is_found_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -48,6 +48,13 @@ def test_what_is_left_open_is_decided(tmp_path: Path):
     )
 
 
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_fewer_bits_are_computed_with_in_bfloat16_unless_asked_otherwise(tmp_path: Path, quantization: Any):
+    request = replace(REQUEST, quantization=quantization)
+    assert plan_of(tmp_path, request).dtype == "bfloat16"
+    assert plan_of(tmp_path, replace(request, dtype="float32")).dtype == "float32"
+
+
 def test_what_was_asked_for_is_kept(tmp_path: Path):
     request = BuildRequest(
         model="gpt2",

@@ -80,7 +80,7 @@ class TritonPythonModel:
                 refuse_unknown_parameters(json.loads(request.parameters() or "{}"))
                 tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
                 if "stream" in tensors and tensors["stream"].any():
-                    message = "stream is true, but this model gives one response; stream from the model without '_infer'"
+                    message = "stream is true and this model gives one response; stream from the model without '_infer'"
                     raise RequestError(message)
                 for_engine = encode_prompts(self._encoder, tensors)
                 for_engine |= {ENGINE_NAMES[name]: array for name, array in tensors.items() if name in ENGINE_NAMES}
@@ -117,8 +117,8 @@ class _Answer:
         self._rows: dict[int, dict[str, np.ndarray]] = {}
 
     def send(self, chunk: Chunk, *, final: bool) -> None:
-        """Never raises: the thread that calls it is the one that brings everybody's answers."""
-        if self.is_over:
+        # An answer that cannot be written must not end the thread that brings everybody's.
+        if self._is_over:
             return
         try:
             self._take(chunk, final=final)
@@ -144,6 +144,8 @@ class _Answer:
 
     def _respond(self, response: pb_utils.InferenceResponse) -> None:
         with self._sender_lock:
+            if self._is_over:
+                return
             self._is_over = True
             self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 

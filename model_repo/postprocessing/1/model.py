@@ -68,8 +68,8 @@ class TritonPythonModel:
 
     def _cancel_all(self, headers: list[ChunkHeader]) -> None:
         for header in headers:
+            self._states.forget(header.key)
             if not header.is_last:
-                self._states.forget(header.key)
                 self._cancel.cancel_key(header.key)
 
     def _decode_whole(self, request) -> pb_utils.InferenceResponse:

@@ -25,7 +25,7 @@ def decode_sequences(tokenizer: Tokenizer, vocab_size: int, ids: np.ndarray, len
         wrong = sequence[(sequence < 0) | (sequence >= vocab_size)]
         if wrong.size:
             raise SequenceError(
-                f"TOKENS_BATCH holds {wrong[0]} within SEQUENCE_LENGTH; token ids of this model are 0 to {vocab_size - 1}"
+                f"TOKENS_BATCH holds {wrong[0]} within SEQUENCE_LENGTH; token ids are 0 to {vocab_size - 1}"
             )
         texts[index] = tokenizer.decode(sequence.tolist(), skip_special_tokens=True).encode()
     return texts

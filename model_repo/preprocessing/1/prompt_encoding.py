@@ -122,7 +122,7 @@ class PromptEncoder:
         length = _CHARACTERS_PER_TOKEN * self.max_input_len
         while length < len(text):
             beginning = self.tokenizer.encode(text[:length], add_special_tokens=False).ids
-            if len(beginning) > 2 * self.max_input_len:  # twice: the end of a text may merge what its cut-off kept apart
+            if len(beginning) > 2 * self.max_input_len:  # twice: its end may merge what the cut kept apart
                 raise PromptError(
                     f"text_input has {len(text)} characters, more than {2 * self.max_input_len} tokens; this engine "
                     f"takes at most {self.max_input_len} (--max-input-len of the build); shorten it"

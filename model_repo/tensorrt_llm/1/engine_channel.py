@@ -14,6 +14,7 @@ import itertools
 import logging
 import os
 import queue
+import secrets
 import socket
 import struct
 import threading
@@ -24,7 +25,7 @@ from typing import Protocol
 
 import numpy as np
 from chunks import Chunk
-from generation import EngineError, RequestError
+from generation import EngineError
 
 _log = logging.getLogger(__name__)
 
@@ -46,13 +47,11 @@ class Answers(Protocol):
 
 
 class _SocketResponder:
-    """`dispatcher.Responder` for a request that came through the channel."""
-
-    request_id = ""
+    """`dispatcher.Responder` for a request that came through the channel. Never blocks: a thread writes the socket."""
 
     def __init__(self, number: int, send: Callable[[tuple], None]):
         self._number, self._send = number, send
-        self.is_gone = False
+        self.request_id = f"infer-{number}-{secrets.token_hex(8)}"  # one that no client's request has
 
     def send(self, chunk: Chunk, *, final: bool) -> None:
         self._send(("chunk", self._number, chunk, final))
@@ -61,20 +60,24 @@ class _SocketResponder:
         self._send(("failed", self._number, error))
 
     def is_cancelled(self) -> bool:
-        return self.is_gone
+        return False  # the channel says so by itself
 
 
 class EngineListener:
-    """`serve(tensors, responder)` begins one request and blocks while the engine is full (`model.py`)."""
+    """Held by `tensorrt_llm`.
 
-    def __init__(self, serve: Callable[[dict[str, np.ndarray], _SocketResponder], None]):
-        self._serve = serve
+    `serve(tensors, responder)` begins one request and blocks while the engine is full; `cancel(request_id)` ends one.
+    """
+
+    def __init__(self, serve: Callable[[dict[str, np.ndarray], _SocketResponder], None], cancel: Callable[[str], None]):
+        self._serve, self._cancel = serve, cancel
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.bind(_address())
         self._socket.listen()
         threading.Thread(target=self._accept, name="engine-channel", daemon=True).start()
 
     def close(self) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)  # wakes accept(); a mere close() would not
         self._socket.close()
 
     def _accept(self) -> None:
@@ -84,22 +87,27 @@ class EngineListener:
             except OSError:  # closed
                 return
             if _is_sibling(peer):
-                _Session(peer, self._serve)
+                _Session(peer, self._serve, self._cancel)
             else:
                 _log.warning("a process that is no model of this server asked for the engine")
                 peer.close()
 
 
 class _Session:
-    """One connected client. A thread reads, so that a cancellation is never behind a request that waits for a slot."""
+    """One connected client, with a thread for each thing that may have to wait: messages, slots, a slow reader."""
 
-    def __init__(self, peer: socket.socket, serve: Callable[[dict[str, np.ndarray], _SocketResponder], None]):
+    def __init__(
+        self,
+        peer: socket.socket,
+        serve: Callable[[dict[str, np.ndarray], _SocketResponder], None],
+        cancel: Callable[[str], None],
+    ):
         self._connection = Connection(peer.detach())
-        self._sending = threading.Lock()
-        self._serve = serve
+        self._serve, self._cancel = serve, cancel
         self._asked: queue.SimpleQueue = queue.SimpleQueue()
-        threading.Thread(target=self._read, name="engine-session", daemon=True).start()
-        threading.Thread(target=self._admit, name="engine-admission", daemon=True).start()
+        self._outbox: queue.SimpleQueue = queue.SimpleQueue()
+        for target in (self._read, self._admit, self._write):
+            threading.Thread(target=target, name=f"engine{target.__name__}", daemon=True).start()
 
     def _read(self) -> None:
         responders: dict[int, _SocketResponder] = {}
@@ -107,30 +115,31 @@ class _Session:
             while True:
                 match self._connection.recv():
                     case ("ask", number, tensors):
-                        responders[number] = _SocketResponder(number, self._send)
+                        responders[number] = _SocketResponder(number, self._outbox.put)
                         self._asked.put((number, tensors, responders[number]))
                     case ("over", number):
                         responders.pop(number, None)
                     case ("cancel", number):
                         if responder := responders.pop(number, None):
-                            responder.is_gone = True
+                            self._cancel(responder.request_id)
         except (EOFError, OSError):  # the client's process has ended, and with it whoever waits for its answers
             for responder in responders.values():
-                responder.is_gone = True
+                self._cancel(responder.request_id)
             self._asked.put(None)
+            self._outbox.put(None)
 
     def _admit(self) -> None:
         while asked := self._asked.get():
             number, tensors, responder = asked
             self._serve(tensors, responder)
-            self._send(("admitted", number))
+            self._outbox.put(("admitted", number))
 
-    def _send(self, message: tuple) -> None:
-        with self._sending:
+    def _write(self) -> None:
+        while message := self._outbox.get():
             try:
                 self._connection.send(message)
-            except OSError:  # its reader knows
-                pass
+            except OSError:  # the reader knows
+                return
 
 
 def _is_sibling(peer: socket.socket) -> bool:
@@ -202,10 +211,10 @@ class EngineClient:
                         if final:
                             self._tell(("over", number))
                         answers = self._answers.pop(number) if final else self._answers[number]
-                        answers.send(chunk, final=final)
+                        self._call(answers.send, chunk, final=final)
                     case ("failed", number, error):
                         self._tell(("over", number))
-                        self._answers.pop(number).fail(error)
+                        self._call(self._answers.pop(number).fail, error)
         except (EOFError, OSError):
             with self._lock:
                 self._connection = None
@@ -214,7 +223,15 @@ class EngineClient:
             for event in waiting.values():
                 event.set()
             for each in answers.values():
-                each.fail(EngineError("the engine has ended; send the request again"))
+                self._call(each.fail, EngineError("the engine has ended; send the request again"))
+
+    @staticmethod
+    def _call(method: Callable[..., None], *arguments: object, **keywords: object) -> None:
+        """One answer that cannot be given must not end the thread that brings everybody's."""
+        try:
+            method(*arguments, **keywords)
+        except Exception:
+            _log.exception("an answer could not be given")
 
     def _admit(self, number: int) -> None:
         if event := self._admitted.pop(number, None):

@@ -88,7 +88,7 @@ class TritonPythonModel:
         self._metrics = EngineMetrics(self._engine, labels, self._dispatcher.max_in_flight)
         self._writer = ResponseWriter()
         self._cancel_listener = CancelListener(self._dispatcher.cancel_key, self._dispatcher.cancel_request_id)
-        self._engine_listener = EngineListener(self._serve)
+        self._engine_listener = EngineListener(self._serve, self._dispatcher.cancel_request_id)
 
     def execute(self, requests: list) -> None:
         for request in requests:
@@ -129,7 +129,7 @@ class TritonPythonModel:
 
     def _stop(self, responder: TritonResponder) -> None:
         if not responder.request_id:
-            responder.fail(RequestError("stop is true and the request has no id; give it the id of the request to stop"))
+            responder.fail(RequestError("stop is true, but the request has no id; give it that of the request to stop"))
             return
         self._dispatcher.cancel_request_id(responder.request_id)
         responder.finish()

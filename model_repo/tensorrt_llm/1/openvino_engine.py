@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import shutil
 import socket
 import subprocess
@@ -40,7 +41,7 @@ class OpenVinoEngine:
             max_beam_width=manifest.limits["max_beam_width"],
             vocab_size=manifest.vocab_size,
         )
-        self._lock = threading.Lock()  # for sending, and for the two below
+        self._lock = threading.Lock()  # for the next two
         self._deliveries: dict[int, Deliver] = {}
         self._error: EngineError | None = None
         self._process, self._socket = _start_worker(folder)
@@ -51,21 +52,24 @@ class OpenVinoEngine:
             case (_, sentence):
                 self._process.kill()
                 raise EngineError(f"the engine cannot be loaded: {sentence}")
-        self._reader = threading.Thread(target=self._read, name="openvino", daemon=True)
+        self._outbox: queue.SimpleQueue = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, name="engine-reader", daemon=True)
+        self._writer = threading.Thread(target=self._write, name="engine-writer", daemon=True)
         self._reader.start()
+        self._writer.start()
 
     def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
         with self._lock:
             if self._error is None:
                 self._deliveries[request.key] = deliver
-                self._send(("submit", request))
+                self._outbox.put(("submit", request))
                 return
         deliver(self._error)
 
     def abort(self, key: int) -> None:
         with self._lock:
             if self._deliveries.pop(key, None) is not None:
-                self._send(("abort", key))
+                self._outbox.put(("abort", key))
 
     def stats(self) -> EngineStats:
         return self._stats
@@ -73,14 +77,18 @@ class OpenVinoEngine:
     def shutdown(self) -> None:
         self._fail("the engine was shut down; send the request again")
         self._socket.shutdown(socket.SHUT_RDWR)  # wakes both ends; a mere close() would not wake the reader
+        self._outbox.put(None)
         self._reader.join()
+        self._writer.join()
         self._socket.close()
 
-    def _send(self, message: tuple) -> None:
-        try:
-            self._connection.send(message)
-        except OSError:  # the process is gone; the reader finds out and says so to everybody
-            pass
+    def _write(self) -> None:
+        # The worker reads only between two steps: whoever submits or aborts must not wait for that.
+        while message := self._outbox.get():
+            try:
+                self._connection.send(message)
+            except OSError:  # the process is gone; the reader finds out and says so to everybody
+                return
 
     def _read(self) -> None:
         while True:

@@ -181,7 +181,7 @@ def _generation_config(request: GenerationRequest) -> openvino_genai.GenerationC
 
 
 def _precision(dtype: str) -> dict[str, str]:
-    """float32 engines compute exactly what the checkpoint says; the plugin's own defaults are bf16 and an 8-bit cache."""
+    """float32 engines compute what the checkpoint says; the plugin's own defaults are bf16 and an 8-bit cache."""
     if dtype == "float32":
         return {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
     return {}
@@ -196,8 +196,9 @@ def _num_kv_blocks(manifest: EngineManifest) -> int:
     affordable = int(psutil.virtual_memory().available * _KV_CACHE_SHARE_OF_MEMORY / bytes_per_block)
     if affordable < blocks_per_sequence:
         raise EngineError(
-            f"the KV cache of one sequence of {max_seq_len} tokens needs {blocks_per_sequence * bytes_per_block >> 20} MiB, "
-            "more than half of the free memory; build with a smaller --max-seq-len"
+            f"the KV cache of one sequence of {max_seq_len} tokens needs "
+            f"{blocks_per_sequence * bytes_per_block >> 20} MiB, more than half of the free memory; "
+            "build with a smaller --max-seq-len"
         )
     if affordable < wanted:
         print(f"openvino: KV cache of {affordable} blocks, memory is short of {wanted}", file=sys.stderr)
