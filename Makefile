@@ -1,6 +1,6 @@
 # The commands of this project; `make help` lists them. Everything runs in .venv, which `make install` fills.
 MODEL ?= scripts/demo_checkpoint/demo-gpt2
-NAME ?= $(notdir $(MODEL))
+NAME ?= $(firstword $(subst @, ,$(notdir $(MODEL))))
 PYTHON ?= python3
 VENV := .venv
 IN_VENV := $(VENV)/bin/python

@@ -34,10 +34,7 @@ _log = logging.getLogger("engines")
 
 # Engine kind -> the module in compilers/ that builds it, and what to say for a kind that has none.
 COMPILERS = {"openvino": "openvino_compiler"}
-_NO_COMPILER = (
-    "--engine {kind} is not built by this version yet; build for the CPU with --engine openvino "
-    "(TensorRT-LLM engines follow, see docs/decisions.md)"
-)
+_NO_COMPILER = "--engine {kind} is not built by this version yet; build for the CPU with --engine openvino"
 
 _SERVE = Path(__file__).resolve().parent.parent / "scripts/serve.py"
 
@@ -227,7 +224,9 @@ def parse(argv: list[str]) -> tuple[BuildRequest, Options, argparse.Namespace]:
         help="tokens of prompt and answer together (default: the model's, at most 4096)",
     )
     what.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that the checkpoint brings (default: refuse)"
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that the checkpoint brings (default: it is not used)",
     )
     where = parser.add_argument_group("where from and where to")
     where.add_argument(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ class TritonPythonModel:
                 texts = [""] * len(headers)
             else:
                 texts = self._texts(request, headers)
-            return _answer(np.array([[text.encode() for text in texts]], np.object_))
+            return _answer([text.encode() for text in texts])
         except Exception:
             logging.exception("a chunk could not be decoded")
             self._cancel_all(headers)
@@ -75,7 +76,7 @@ class TritonPythonModel:
     def _decode_whole(self, request) -> pb_utils.InferenceResponse:
         ids, lengths = _array(request, "TOKENS_BATCH"), _array(request, "SEQUENCE_LENGTH")
         try:
-            return _answer(decode_sequences(self._tokenizer, self._vocab_size, ids, lengths))
+            return _answer(decode_sequences(self._tokenizer, self._vocab_size, ids, lengths).ravel())
         except SequenceError as error:
             return _failed(str(error), pb_utils.TritonError.INVALID_ARG)
         except Exception:
@@ -88,8 +89,9 @@ def _array(request, name: str) -> np.ndarray:
     return pb_utils.get_input_tensor_by_name(request, name).as_numpy()
 
 
-def _answer(texts: np.ndarray) -> pb_utils.InferenceResponse:
-    return pb_utils.InferenceResponse([pb_utils.Tensor("OUTPUT", texts)])
+def _answer(texts: Sequence[bytes]) -> pb_utils.InferenceResponse:
+    """OUTPUT as NVIDIA's is, a flat list: its clients, LangChain and LlamaIndex decode each element."""
+    return pb_utils.InferenceResponse([pb_utils.Tensor("OUTPUT", np.array(texts, np.object_))])
 
 
 def _failed(message: str, code: int) -> pb_utils.InferenceResponse:

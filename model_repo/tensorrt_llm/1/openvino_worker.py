@@ -75,6 +75,18 @@ class Worker:
             str(folder), scheduler, "CPU", _precision(manifest.dtype)
         )
 
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """The CPU plugin finishes compiling in its first steps; no client should wait for that (seen: a second)."""
+        config = openvino_genai.GenerationConfig()
+        config.max_new_tokens = 2
+        config.ignore_eos = True
+        handle = self._pipeline.add_request(0, openvino.Tensor(np.zeros((1, 1), np.int64)), config)
+        while self._pipeline.has_non_finished_requests():
+            self._pipeline.step()
+        handle.read_all()
+
     def run(self) -> None:
         """Until the socket ends."""
         while True:
