@@ -32,7 +32,12 @@ class Settings:
 
     default_max_tokens: int = 256  # for requests that do not say; less where the engine has less room
     exclude_input_in_output: bool = True  # NVIDIA's repository echoes the prompt unless told not to; ours does not
-    responses_per_second: float = 1000.0  # all streams together; see dispatcher.py
+    responses_per_second: float | None = None  # all streams together; None: what the machine affords, see pacing.py
+    hang_seconds: float = 120.0  # an engine that has work and says nothing for so long is given up
+    # Requests that wait for the engine wait in Triton's queue, unless one of these is set; see waiting_room.py.
+    max_queue_size: int = 0  # 0: no limit
+    queue_timeout_seconds: float = 0.0  # 0: no limit
+    priority_levels: int = 0  # 1 is the highest; 0: first come, first served
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,7 @@ class Repository:
     path: Path
     served_name: str
     infer_name: str
+    engine: str  # its kind
     engine_key: str
 
 
@@ -108,9 +114,13 @@ def assemble(engine: Path, served_name: str, output: Path, settings: Settings = 
     """
     check_served_name(served_name)
     output = Path(os.path.realpath(output))  # a link to a repository stays one
-    engine_key = json.loads((engine / "engine.json").read_text())["key"]
+    manifest = json.loads((engine / "engine.json").read_text())
     repository = Repository(
-        path=output, served_name=served_name, infer_name=f"{served_name}_infer", engine_key=engine_key
+        path=output,
+        served_name=served_name,
+        infer_name=f"{served_name}_infer",
+        engine=manifest["engine"],
+        engine_key=manifest["key"],
     )
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -141,6 +151,10 @@ def _write(folder: Path, engine: Path, repository: Repository, settings: Setting
     for_engine = {
         "exclude_input_in_output": settings.exclude_input_in_output,
         "responses_per_second": settings.responses_per_second,
+        "hang_seconds": settings.hang_seconds,
+        "max_queue_size": settings.max_queue_size,
+        "queue_timeout_seconds": settings.queue_timeout_seconds,
+        "priority_levels": settings.priority_levels,
     }
     _write_json(folder / "tensorrt_llm/1/settings.json", for_engine)
     _copy_folder(engine, folder / "tensorrt_llm/1/engine", _link_or_copy)

@@ -11,29 +11,40 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import shlex
 import sys
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from assemble import assemble, check_output, check_served_name
+from assemble import Settings, assemble, check_output, check_served_name
 from checkpoint import Checkpoint, resolve
 from engine_manifest import EngineManifest
 from errors import BuildError, UnsupportedError, UsageError
 from gpus import find_gpus
-from plan import DTYPES, ENGINE_CHOICES, QUANTIZATIONS, BuildRequest, EngineKind, EnginePlan, choose_engine, make_plan
+from plan import (
+    DTYPES,
+    ENGINE_CHOICES,
+    QUANTIZATIONS,
+    BuildRequest,
+    EngineKind,
+    EnginePlan,
+    SyntheticRates,
+    choose_engine,
+    make_plan,
+)
 from store import Store
 
 _log = logging.getLogger("engines")
 
 # Engine kind -> the module in compilers/ that builds it, and what to say for a kind that has none.
-COMPILERS = {"openvino": "openvino_compiler"}
+COMPILERS = {"openvino": "openvino_compiler", "synthetic": "synthetic_compiler"}
 _NO_COMPILER = "--engine {kind} is not built by this version yet; build for the CPU with --engine openvino"
 
 _SERVE = Path(__file__).resolve().parent.parent / "scripts/serve.py"
@@ -51,6 +62,7 @@ class Options:
     plan_only: bool
     verify: bool
     force: bool
+    settings: Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +86,10 @@ def build(request: BuildRequest, options: Options) -> dict[str, Any]:
     _log.info("engine: %s (%s)", kind, reason)
     compiler = _compiler(kind)
     compiler.check_request(request)
+    if kind != "synthetic" and request.synthetic is not None:
+        raise UsageError(f"--synthetic is for --engine synthetic, and this engine is {kind}; leave it out")
+    if kind == "synthetic" and options.verify:
+        raise UsageError("--verify compares answers with transformers, and those of a synthetic engine are made up")
     checkpoint = resolve(
         request.model,
         revision=request.revision,
@@ -102,7 +118,7 @@ def build(request: BuildRequest, options: Options) -> dict[str, Any]:
     report |= {"engine": str(engine.folder), "was_stored": engine.was_stored}
     if options.verify:
         report["verified"] = _verify(engine, checkpoint, trust_remote_code=request.trust_remote_code)
-    repository = assemble(engine.folder, served_name, output)
+    repository = assemble(engine.folder, served_name, output, options.settings)
     _log.info("repository: %s", repository.path)
     return report | {
         "repository": str(repository.path),
@@ -246,6 +262,49 @@ def parse(argv: list[str]) -> tuple[BuildRequest, Options, argparse.Namespace]:
         metavar="DIR",
         help="the engine store; several builders may share it (default: triton-trtllm in XDG_CACHE_HOME or ~/.cache)",
     )
+    what.add_argument(
+        "--synthetic",
+        type=_synthetic_rates,
+        metavar="NAME=VALUE,...",
+        help="for --engine synthetic, a tool for benchmarks: tokens_per_second of each sequence (default: 50), "
+        "prefill_seconds before the first token (default: 0), kv_tokens that the KV cache has room for "
+        "(default: enough for every sequence)",
+    )
+    serving = parser.add_argument_group("how it is served; building again with other values takes no time")
+    serving.add_argument(
+        "--max-queue-size",
+        type=_positive,
+        default=Settings.max_queue_size,
+        metavar="N",
+        help="requests that may wait for the engine; more are refused (default: any number, in Triton's own queue)",
+    )
+    serving.add_argument(
+        "--queue-timeout",
+        type=_above_0,
+        default=Settings.queue_timeout_seconds,
+        metavar="SECONDS",
+        help="a request that has waited so long is refused (default: none is)",
+    )
+    serving.add_argument(
+        "--priority-levels",
+        type=_positive,
+        default=Settings.priority_levels,
+        metavar="N",
+        help="requests may have the input priority, 1 to N, of which 1 goes first (default: first come, first served)",
+    )
+    serving.add_argument(
+        "--responses-per-second",
+        type=_above_0,
+        metavar="N",
+        help="of all streams together; under load several tokens go into one (default: what the machine affords)",
+    )
+    serving.add_argument(
+        "--hang-timeout",
+        type=_above_0,
+        default=Settings.hang_seconds,
+        metavar="SECONDS",
+        help="end the server when its engine has work and says nothing for so long (default: 120)",
+    )
     how = parser.add_argument_group("how")
     how.add_argument("--plan", action="store_true", help="print what would be built, and stop")
     how.add_argument("--force", action="store_true", help="build even if the store has this engine, and replace it")
@@ -266,6 +325,7 @@ def parse(argv: list[str]) -> tuple[BuildRequest, Options, argparse.Namespace]:
         max_input_len=arguments.max_input_len,
         max_seq_len=arguments.max_seq_len,
         trust_remote_code=arguments.trust_remote_code,
+        synthetic=arguments.synthetic,
     )
     options = Options(
         served_name=arguments.served_name,
@@ -276,6 +336,13 @@ def parse(argv: list[str]) -> tuple[BuildRequest, Options, argparse.Namespace]:
         plan_only=arguments.plan,
         verify=arguments.verify,
         force=arguments.force,
+        settings=Settings(
+            max_queue_size=arguments.max_queue_size,
+            queue_timeout_seconds=arguments.queue_timeout,
+            priority_levels=arguments.priority_levels,
+            responses_per_second=arguments.responses_per_second,
+            hang_seconds=arguments.hang_timeout,
+        ),
     )
     return request, options, arguments
 
@@ -291,6 +358,33 @@ def _path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
     return Path(os.path.expanduser(text))  # --output=~/x reaches us with its '~'
+
+
+def _synthetic_rates(text: str) -> SyntheticRates:
+    known = {field.name: field for field in fields(SyntheticRates)}
+    values: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if name not in known or not equals:
+            raise argparse.ArgumentTypeError(f"'{part}' is none of {', '.join(f'{name}=N' for name in known)}")
+        least = 0 if name != "tokens_per_second" else 0.01
+        try:
+            values[name] = type(known[name].default)(value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{value}' is not a value for {name}; give a number") from None
+        if not least <= values[name] < 1e9:
+            raise argparse.ArgumentTypeError(f"{name} is {value}; it must be at least {least}")
+    return SyntheticRates(**values)
+
+
+def _above_0(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < 1e9:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
+    return number
 
 
 def _positive(text: str) -> int:

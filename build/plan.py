@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 from checkpoint import Checkpoint
 from errors import UnsupportedError, UsageError
 
-EngineKind = Literal["tensorrt", "pytorch", "openvino"]
-EngineChoice = Literal["auto", "tensorrt", "pytorch", "openvino"]
+EngineKind = Literal["tensorrt", "pytorch", "openvino", "synthetic"]
+EngineChoice = Literal["auto", "tensorrt", "pytorch", "openvino", "synthetic"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 Quantization = Literal["none", "int8", "int4"]
 
@@ -19,6 +19,15 @@ ENGINE_KINDS: tuple[str, ...] = get_args(EngineKind)
 ENGINE_CHOICES: tuple[str, ...] = get_args(EngineChoice)
 DTYPES: tuple[str, ...] = get_args(DType)
 QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticRates:
+    """How a synthetic engine behaves. Every sequence is as fast alone as beside others."""
+
+    tokens_per_second: float = 50.0  # of each sequence
+    prefill_seconds: float = 0.0  # from the slot to the first token
+    kv_tokens: int = 0  # room of the KV cache, in tokens; 0: for every slot at its longest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +46,7 @@ class BuildRequest:
     max_input_len: int | None = None
     max_seq_len: int | None = None
     trust_remote_code: bool = False
+    synthetic: SyntheticRates | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +76,7 @@ class EnginePlan:
     limits: EngineLimits
     trust_remote_code: bool
     compiler_versions: tuple[tuple[str, str], ...]  # ("openvino", "2026.4.1"), ... sorted by name
+    synthetic: SyntheticRates | None = None
 
     @property
     def world_size(self) -> int:
@@ -115,9 +126,10 @@ def make_plan(
         tensor_parallel=request.tensor_parallel,
         pipeline_parallel=request.pipeline_parallel,
         gpu=request.gpu,
-        limits=_limits(request, config),
+        limits=_limits(request, {} if engine == "synthetic" else config),
         trust_remote_code=request.trust_remote_code,
         compiler_versions=tuple(sorted(versions.items())),
+        synthetic=request.synthetic,
     )
 
 

@@ -1,8 +1,8 @@
 """Start Triton Inference Server on a model repository: `python scripts/serve.py out/demo-gpt2`.
 
 Finds the tritonserver of an NGC container, else the one inside the nvidia-pytriton wheel, sets up what it needs, and
-becomes it (exec), so that signals reach the server itself. SIGTERM lets requests in flight finish, at most
-`--exit-timeout` seconds, and the process ends with 0. Options after `--` go to tritonserver as they are.
+runs it (supervisor.py). SIGTERM, or Ctrl-C, lets requests in flight finish, at most `--exit-timeout` seconds, and ends
+with 0; a second one does not wait. Options after `--` go to tritonserver as they are.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ import socket
 import sys
 import sysconfig
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+from supervisor import Feedback, Supervisor, num_in_flight
+
 NGC_TRITONSERVER = Path("/opt/tritonserver/bin/tritonserver")
-POLL_SECONDS = 0.1
+TRITON_EXIT_SECONDS = 3  # when the supervisor ends it, nothing is in flight
 # Triton starts a model's process through a shell with the path unquoted, waits for it for ever, and reads it as ASCII.
 NOT_IN_PATHS = re.compile(r"[^\w/.,:=+@%~#-]", re.ASCII)
 
@@ -45,16 +46,17 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(sys.argv[1:] if argv is None else argv)
     try:
         repository = check_repository(arguments.repository)
+        check_engine(repository, arguments)
         check_ports(arguments)
         server = find_tritonserver(arguments.tritonserver)
         command = [str(server.binary), *server.options, *server_options(arguments)]
+        supervisor = make_supervisor(arguments, repository)
     except ServeError as error:
         print(f"serve: {error}", file=sys.stderr)
         return 2
     if arguments.verbose:
         print("serve:", " ".join(command), file=sys.stderr)
-    announce_when_ready(arguments, repository)
-    os.execve(server.binary, command, server.environment)
+    return supervisor.run(command, server.environment)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -69,7 +71,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     address.add_argument("--metrics-port", type=int, default=8002, metavar="PORT")
     server = parser.add_argument_group("the server")
     server.add_argument(
-        "--exit-timeout", type=int, default=30, metavar="SECONDS", help="how long SIGTERM waits for requests"
+        "--exit-timeout",
+        type=float,
+        default=30,
+        metavar="SECONDS",
+        help="how long SIGTERM waits for requests in flight; later they fail",
     )
     server.add_argument(
         "--tritonserver", type=Path, metavar="FILE", help="a tritonserver binary, instead of the one found"
@@ -77,6 +83,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     server.add_argument("--log-verbose", type=int, default=0, metavar="LEVEL", help="tritonserver's verbose log level")
     server.add_argument("--log-file", type=Path, metavar="FILE", help="tritonserver's log goes there instead of stderr")
     server.add_argument("--quiet", action="store_true", help="only warnings and errors in tritonserver's log")
+    server.add_argument(
+        "--benchmark", action="store_true", help="serve also a synthetic engine, whose answers are made up"
+    )
     server.add_argument("-v", "--verbose", action="store_true", help="print the command before it runs")
     parser.add_argument("options", nargs="*", metavar="-- OPTION", help="further tritonserver options, after --")
     return parser.parse_args(argv)
@@ -107,6 +116,14 @@ def check_repository(path: Path) -> dict:
         raise ServeError(f"{record} cannot be read: {error.strerror}; make the repository readable") from None
     except (ValueError, TypeError) as error:
         raise ServeError(f"{record} is damaged ({error}); assemble the repository again") from None
+
+
+def check_engine(repository: dict, arguments: argparse.Namespace) -> None:
+    if repository.get("engine") == "synthetic" and not arguments.benchmark:
+        raise ServeError(
+            f"{arguments.repository} has a synthetic engine, which makes its answers up; "
+            "if it is for a benchmark, serve it with --benchmark"
+        )
 
 
 def check_ports(arguments: argparse.Namespace) -> None:
@@ -200,7 +217,7 @@ def server_options(arguments: argparse.Namespace) -> list[str]:
         f"--grpc-port={arguments.grpc_port}",
         f"--metrics-address={arguments.host}",
         f"--metrics-port={arguments.metrics_port}",
-        f"--exit-timeout-secs={arguments.exit_timeout}",
+        f"--exit-timeout-secs={TRITON_EXIT_SECONDS}",
         f"--log-verbose={arguments.log_verbose}",
     ]
     if arguments.log_file:
@@ -210,38 +227,31 @@ def server_options(arguments: argparse.Namespace) -> list[str]:
     return options + arguments.options
 
 
-def announce_when_ready(arguments: argparse.Namespace, repository: dict) -> None:
-    """Leave a process behind that prints one line when the server is ready, or ends when the server does."""
-    server_pid = os.getpid()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child:
-        os.waitpid(child, 0)
-        return
-    if os.fork():  # the grandchild belongs to init, so tritonserver never has a child to reap
-        os._exit(0)
+def make_supervisor(arguments: argparse.Namespace, repository: dict) -> Supervisor:
     host = "127.0.0.1" if arguments.host in ("0.0.0.0", "::") else arguments.host
-    name = repository["served_name"]
-    while _is_alive(server_pid):
-        if _is_ready(f"http://{host}:{arguments.http_port}/v2/health/ready"):
-            print(
-                f"serve: ready: model '{name}' (generate, streams) and '{repository['infer_name']}' (infer) on "
-                f"HTTP {arguments.host}:{arguments.http_port}, gRPC {arguments.host}:{arguments.grpc_port}, "
-                f"metrics {arguments.host}:{arguments.metrics_port}",
-                flush=True,
-            )
-            break
-        time.sleep(POLL_SECONDS)
-    os._exit(0)
+    name, infer_name = repository["served_name"], repository["infer_name"]
+    return Supervisor(
+        feedback=feedback_sender(arguments.repository),
+        is_ready=lambda: _is_ready(f"http://{host}:{arguments.http_port}/v2/health/ready"),
+        num_in_flight=lambda: num_in_flight(f"http://{host}:{arguments.metrics_port}/metrics"),
+        drain_seconds=arguments.exit_timeout,
+        ready_line=f"serve: ready: model '{name}' (generate, streams) and '{infer_name}' (infer) on "
+        f"HTTP {arguments.host}:{arguments.http_port}, gRPC {arguments.host}:{arguments.grpc_port}, "
+        f"metrics {arguments.host}:{arguments.metrics_port}",
+    )
 
 
-def _is_alive(pid: int) -> bool:
+def feedback_sender(repository: Path) -> Feedback:
+    """The repository's own code: what it says is understood by the models beside it."""
+    path = repository / "tensorrt_llm/1/feedback_channel.py"
+    spec = importlib.util.spec_from_file_location("feedback_channel", path)
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.FeedbackSender()
+    except (OSError, AttributeError) as error:
+        raise ServeError(f"{path} is damaged ({error}); assemble the repository again") from error
 
 
 def _is_ready(url: str) -> bool:

@@ -51,6 +51,8 @@ class ScriptedEngine:
         {"beam_search", "log_probs", "bad_words", "min_tokens", "no_end_id"}
     )
 
+    computes_on_cpu = False
+
     def __init__(self, *, max_batch_size: int = 4, max_seq_len: int = 1024, vocab_size: int = 1000):
         self.limits = EngineLimits(
             max_batch_size=max_batch_size,
@@ -60,6 +62,7 @@ class ScriptedEngine:
             vocab_size=vocab_size,
         )
         self.most_in_flight = 0
+        self.paces: list[float] = []  # every value that pace() was called with
         self.aborted: list[int] = []  # every key that abort() was called with, known or not
         self._changed = threading.Condition()
         self._in_flight: dict[int, _InFlight] = {}
@@ -67,9 +70,6 @@ class ScriptedEngine:
         self._requests: queue.SimpleQueue[GenerationRequest] = queue.SimpleQueue()
         self._refusals: dict[int, Exception] = {}  # by number of the call
         self._num_submits = 0
-        self._gate = threading.Event()  # closed: submit() waits
-        self._gate.set()
-        self._at_gate = threading.Semaphore(0)
         self._error: EngineError | None = None
         self._is_shut_down = False
         self._broken: list[str] = []
@@ -77,9 +77,6 @@ class ScriptedEngine:
     # ---- generation.Engine -------------------------------------------------------------------------------------
 
     def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
-        self._at_gate.release()
-        if not self._gate.wait(SECONDS):
-            self._break("the test never opened the gate")
         with self._changed:
             if self._is_shut_down:
                 self._break(f"request {request.key} came after shutdown()")
@@ -107,11 +104,15 @@ class ScriptedEngine:
             self._in_flight.pop(key, None)
             self._changed.notify_all()
 
+    def pace(self, seconds: float) -> None:
+        self.paces.append(seconds)
+
     def stats(self) -> EngineStats:
         number = len(self._in_flight)
         return EngineStats(
             num_active_requests=number,
             num_scheduled_requests=number,
+            num_context_requests=0,
             kv_blocks_max=100,
             kv_blocks_used=number,
             kv_tokens_per_block=32,
@@ -192,19 +193,6 @@ class ScriptedEngine:
     def refuse_next(self, error: Exception, *, after: int = 0) -> None:
         """The next submit(), or one `after` that many more, raises this."""
         self._refusals[self._num_submits + after + 1] = error
-
-    def close_gate(self) -> None:
-        """submit() waits at its very beginning until `open_gate`."""
-        self._at_gate = threading.Semaphore(0)
-        self._gate.clear()
-
-    def wait_at_gate(self) -> None:
-        """Until somebody waits in submit()."""
-        if not self._at_gate.acquire(timeout=SECONDS):
-            raise AssertionError(f"nobody called submit() in {SECONDS:g} s")
-
-    def open_gate(self) -> None:
-        self._gate.set()
 
     def wait_until_in_flight(self, number: int) -> None:
         with self._changed:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
 from free_ports import free_ports
@@ -79,7 +80,9 @@ class Server:
         self.http_port, self.grpc_port, self.metrics_port = free_ports(3)
         command = [sys.executable, str(ROOT / "scripts/serve.py"), str(self.repository)]
         command += [f"--http-port={self.http_port}", f"--grpc-port={self.grpc_port}"]
-        command += [f"--metrics-port={self.metrics_port}", *self.options]
+        command += [f"--metrics-port={self.metrics_port}"]
+        command += ["--benchmark"] * (record["engine"] == "synthetic")
+        command += self.options
         with self.log.open("w") as output:
             self.process = subprocess.Popen(
                 command, stdout=output, stderr=output, env={**os.environ, **self.environment}, start_new_session=True
@@ -106,10 +109,23 @@ class Server:
         try:
             return self.process.wait(timeout=60)
         finally:
+            self._kill_what_is_left()
+
+    def _kill_what_is_left(self) -> None:
+        """Whoever outlived the server: all its processes are of the session that it was started in."""
+        for process in psutil.process_iter():
             try:
-                os.killpg(self.process.pid, signal.SIGKILL)  # stubs of a server that was killed
-            except ProcessLookupError:
+                if os.getsid(process.pid) == self.process.pid and process.pid != self.process.pid:
+                    process.kill()
+            except (ProcessLookupError, psutil.NoSuchProcess):
                 pass
+
+    def pid_of(self, what: str) -> int:
+        """The process of this server whose command line has `what`: "tensorrt_llm/1/model.py", "openvino_worker.py"."""
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            if any(argument.endswith(what) for argument in process.cmdline()):
+                return process.pid
+        raise AssertionError(f"the server has no process with {what}")
 
     # ---- HTTP --------------------------------------------------------------------------------------------------
 

@@ -241,7 +241,7 @@ def test_the_older_name_of_seed_does_the_same(server: Server):
 
 
 def test_without_a_seed_sampled_texts_differ(server: Server):
-    assert len({server.generate(**SAMPLED)["text_output"] for _ in range(6)}) >= 5
+    assert len({server.generate(**SAMPLED)["text_output"] for _ in range(12)}) >= 6  # of 300 texts 258 differed
 
 
 @pytest.mark.parametrize(

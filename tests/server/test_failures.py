@@ -22,20 +22,6 @@ def own_server(repository: Path, tmp_path: Path) -> Iterator[Server]:
     server.stop()
 
 
-def children(pid: int) -> list[int]:
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for task in tasks for child in task.read_text().split()]
-
-
-def engine_pid(server: Server) -> int:
-    """The process that runs openvino_worker.py, a child of a child of this server."""
-    for model in children(server.process.pid):
-        for process in children(model):
-            if "openvino_worker.py" in Path(f"/proc/{process}/cmdline").read_text():
-                return process
-    raise AssertionError("no engine process")
-
-
 def test_when_the_engine_dies_every_request_fails_at_once_and_the_server_ends(own_server: Server):
     failures: list[tuple[float, str]] = []
 
@@ -56,7 +42,7 @@ def test_when_the_engine_dies_every_request_fails_at_once_and_the_server_ends(ow
     while own_server.active_requests() < 8:
         time.sleep(0.01)
     killed = time.monotonic()
-    os.kill(engine_pid(own_server), signal.SIGKILL)
+    os.kill(own_server.pid_of("openvino_worker.py"), signal.SIGKILL)
     for thread in threads:
         thread.join(timeout=30)
     assert len(failures) == len(calls)
@@ -66,7 +52,7 @@ def test_when_the_engine_dies_every_request_fails_at_once_and_the_server_ends(ow
 
 
 def test_the_engine_ends_with_its_server(own_server: Server):
-    pid = engine_pid(own_server)
+    pid = own_server.pid_of("openvino_worker.py")
     own_server.process.kill()
     own_server.process.wait(timeout=10)
     deadline = time.monotonic() + 20

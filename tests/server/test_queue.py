@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 from running_server import Server
 
-SLOTS = 8 + 1  # the repository's --max-batch-size and the margin that keeps the engine from waiting
+SLOTS = 8 + 1 + 1  # --max-batch-size, the margin that keeps the engine from waiting, and who waits for a slot
 REQUESTS = 24
 BODY = {"text_input": "Count", "max_tokens": 1000, "end_id": -1}
 

@@ -28,7 +28,7 @@ def engine(tmp_path: Path) -> Path:
 
 def make_engine(folder: Path, *, key: str) -> Path:
     folder.mkdir(parents=True)
-    (folder / "engine.json").write_text(json.dumps({"key": key}))
+    (folder / "engine.json").write_text(json.dumps({"key": key, "engine": "openvino"}))
     (folder / "openvino_model.bin").write_bytes(b"weights")
     return folder
 
@@ -97,19 +97,33 @@ def test_what_python_and_git_left_in_the_checkout_is_not_in_it(
 
 
 def test_each_model_is_told_its_settings(engine: Path, tmp_path: Path):
-    settings = Settings(default_max_tokens=7, exclude_input_in_output=False, responses_per_second=50.0)
+    for_engine = {
+        "exclude_input_in_output": False,
+        "responses_per_second": 50.0,
+        "hang_seconds": 7.0,
+        "max_queue_size": 3,
+        "queue_timeout_seconds": 2.5,
+        "priority_levels": 4,
+    }
+    settings = Settings(default_max_tokens=7, **for_engine)
     path = assemble(engine, "tiny", tmp_path / "out", settings).path
     told = {name: json.loads(file.read_text()) for name in MODELS if (file := path / name / "1/settings.json").exists()}
     assert told == {
         "preprocessing": {"default_max_tokens": 7},
         "tiny_infer": {"default_max_tokens": 7},
-        "tensorrt_llm": {"exclude_input_in_output": False, "responses_per_second": 50.0},
+        "tensorrt_llm": for_engine,
     }
 
 
 def test_it_says_what_it_serves(repository: Repository):
     record = json.loads((repository.path / "repository.json").read_text())
-    assert record == {"path": None, "served_name": "tiny", "infer_name": "tiny_infer", "engine_key": "ab" * 32}
+    assert record == {
+        "path": None,
+        "served_name": "tiny",
+        "infer_name": "tiny_infer",
+        "engine": "openvino",
+        "engine_key": "ab" * 32,
+    }
 
 
 def test_the_engine_is_not_a_second_copy_on_one_file_system(repository: Repository, engine: Path):

@@ -14,6 +14,8 @@ HEADERS = [
         is_last=is_last,
         keep_special_tokens=keep,
         trim_characters=trim,
+        listener_pid=2**31 - 1 if trim else 0,
+        number=2**40 if trim else 0,
         context=[5, 0, 50256] if is_first else [],
     )
     for key, is_first, is_last, keep, trim in itertools.product(
@@ -30,13 +32,13 @@ def test_a_row_is_read_as_it_was_written():
 def test_rows_survive_the_tensor():
     rows = [header.to_row() for header in HEADERS if header.is_first]
     tensor = np.array([rows], np.int64)
-    assert tensor.shape == (1, len(rows), 3 + 3)
+    assert tensor.shape == (1, len(rows), 5 + 3)
     assert [ChunkHeader.from_row(row) for row in tensor[0].tolist()] == [h for h in HEADERS if h.is_first]
 
 
 def test_a_row_is_as_long_as_its_context():
-    assert len(ChunkHeader(key=1).to_row()) == 3
-    assert len(ChunkHeader(key=1, context=range(8)).to_row()) == 11
+    assert len(ChunkHeader(key=1).to_row()) == 5
+    assert len(ChunkHeader(key=1, context=range(8)).to_row()) == 13
 
 
 def test_a_header_alone_is_a_whole_sequence():

@@ -18,7 +18,6 @@ from prompt_encoding import (
     PromptEncoder,
     PromptError,
     decode_utf8,
-    refuse_unknown_parameters,
     word_list_array,
 )
 from prompt_tensors import encode_prompts
@@ -372,30 +371,6 @@ def test_a_tensor_that_is_missing_or_broken_is_named(engine: Folder, tensors: di
 def test_the_clients_inputs_are_those_of_the_ensemble():
     config = text_format.Parse((ROOT / "model_repo/ensemble/config.pbtxt").read_text(), ModelConfig())
     assert [tensor.name for tensor in config.input] == list(CLIENT_INPUTS)
-
-
-@pytest.mark.parametrize(
-    "names", [[], ["id"], ["priority", "timeout"], ["triton_enable_empty_final_response"], ["sequence_id"]], ids=str
-)
-def test_parameters_of_triton_pass(names: list[str]):
-    refuse_unknown_parameters(names)
-
-
-@pytest.mark.parametrize(
-    ("name", "hint"),
-    [
-        ("max_token", "perhaps you meant 'max_tokens'"),
-        ("temprature", "perhaps you meant 'temperature'"),
-        ("text", "leave it out|perhaps you meant 'text_input'"),
-        ("stop_word", "perhaps you meant 'stop_words'"),
-        ("streaming", "perhaps you meant 'stream'"),
-        ("Temperature", "perhaps you meant 'temperature'"),
-        ("zzz", "leave it out"),
-    ],
-)
-def test_an_unknown_parameter_is_refused_with_the_nearest_name(name: str, hint: str):
-    with pytest.raises(PromptError, match=f"'{name}' is not an input of this model; ({hint})"):
-        refuse_unknown_parameters({"id": 1, name: 2})
 
 
 def test_nothing_but_the_engines_own_files_is_read(engine: Folder, monkeypatch: pytest.MonkeyPatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ def reader(byte_level: Tokenizer) -> RequestReader:
 
 
 def read(reader: RequestReader, **values: Any) -> Prompt:
-    (prompt,) = reader.read(tensors(**values))
+    (prompt,) = reader.read(tensors(**values)).prompts
     return prompt
 
 
@@ -125,7 +126,7 @@ def test_every_row_is_a_prompt_of_its_own(reader: RequestReader):
     prompts = reader.read(
         {name: np.array(value, np.int32) for name, value in rows.items()}
         | {"streaming": np.array([[True], [False]]), "stop_words": np.array([[b"a", b"b"], [b"", b"c"]], np.object_)}
-    )
+    ).prompts
     assert [prompt.batch_index for prompt in prompts] == [0, 1]
     assert [list(prompt.prompt_ids) for prompt in prompts] == [[5, 6], [7]]
     assert [prompt.generations[0].max_tokens for prompt in prompts] == [3, 4]
@@ -133,8 +134,58 @@ def test_every_row_is_a_prompt_of_its_own(reader: RequestReader):
     assert [prompt.stop_words for prompt in prompts] == [["a", "b"], ["c"]]
 
 
+def test_an_engine_is_told_which_tokens_somebody_waits_for(reader: RequestReader):
+    (plain,) = read(reader).generations
+    (streamed,) = read(reader, streaming=True).generations
+    (watched,) = read(reader, stop_words=[b"x"]).generations
+    assert [plain.is_streamed, streamed.is_streamed, watched.is_streamed] == [False, True, False]
+    assert [plain.is_watched, streamed.is_watched, watched.is_watched] == [False, False, True]
+
+
+def test_a_request_says_when_it_arrived_and_where_it_goes(reader: RequestReader):
+    request = reader.read(tensors(ARRIVAL=np.array([[1, 1234]], np.int64)), timeout_microseconds=2_500_000)
+    assert (request.arrival_ns, request.from_ensemble, request.timeout_seconds) == (1234, True, 2.5)
+
+
+def test_a_request_by_the_engine_channel_does_not_go_to_postprocessing(reader: RequestReader):
+    request = reader.read(tensors(ARRIVAL=np.array([[0, 1234]], np.int64)))
+    assert (request.arrival_ns, request.from_ensemble, request.timeout_seconds) == (1234, False, None)
+
+
+def test_a_direct_request_arrives_when_it_is_read(reader: RequestReader):
+    before = time.time_ns()
+    request = reader.read(tensors())
+    assert before <= request.arrival_ns <= time.time_ns()
+    assert not request.from_ensemble
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (2,), (1, 2, 1)])
+def test_an_arrival_of_another_shape_is_refused(reader: RequestReader, shape: tuple[int, ...]):
+    with pytest.raises(RequestError, match="ARRIVAL has shape"):
+        reader.read(tensors(ARRIVAL=np.zeros(shape, np.int64)))
+
+
+@pytest.mark.parametrize(("levels", "default"), [(0, 0), (1, 1), (2, 1), (3, 2), (10, 5)])
+def test_without_a_priority_a_request_is_in_the_middle(byte_level: Tokenizer, levels: int, default: int):
+    assert make_reader(byte_level, priority_levels=levels).read(tensors()).priority == default
+
+
+def test_of_several_prompts_the_highest_priority_counts(byte_level: Tokenizer):
+    rows = {"input_ids": np.full((3, 2), 5, np.int32), "priority": np.array([[3], [2], [3]], np.int32)}
+    assert make_reader(byte_level, priority_levels=3).read(rows).priority == 2
+
+
+@pytest.mark.parametrize(
+    ("levels", "priority", "message"),
+    [(0, 1, "this server has no priority levels"), (3, 0, "must be 1, the highest, to 3"), (3, 4, "to 3")],
+)
+def test_a_priority_that_is_not_there_is_refused(byte_level: Tokenizer, levels: int, priority: int, message: str):
+    with pytest.raises(RequestError, match=message):
+        make_reader(byte_level, priority_levels=levels).read(tensors(priority=priority))
+
+
 def test_no_two_generations_have_the_same_key(reader: RequestReader):
-    many = reader.read({"input_ids": np.full((5, 2), 5, np.int32)})
+    many = list(reader.read({"input_ids": np.full((5, 2), 5, np.int32)}).prompts)
     many += [read(reader, temperature=1.0, num_return_sequences=8)]
     keys = [generation.key for prompt in many for generation in prompt.generations]
     assert len(set(keys)) == len(keys) == 13

@@ -10,15 +10,17 @@ import json
 import logging
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from chunks import CONSTANT_ARRAYS, Chunk, chunk_arrays
-from engine_channel import EngineClient
-from generation import EngineError, RequestCancelled, RequestError
-from prompt_encoding import PromptEncoder, PromptError, refuse_unknown_parameters
-from prompt_tensors import encode_prompts
+from engine_channel import Asked, EngineClient
+from generation import AdmissionRefused, EngineError, RequestCancelled, RequestError
+from prompt_encoding import CLIENT_INPUTS, PromptEncoder, PromptError
+from prompt_tensors import arrival_tensor, encode_prompts
+from request_parameters import ParameterError, read_parameters, refuse_unknown_parameters, timeout_microseconds
 from text_decoding import load_tokenizer
 from text_states import TextStates
 
@@ -53,6 +55,7 @@ ENGINE_NAMES = {
             "return_perf_metrics",
             "return_num_input_tokens",
             "return_num_output_tokens",
+            "priority",
         )
     },
 }
@@ -67,7 +70,7 @@ class TritonPythonModel:
         self._encoder = PromptEncoder.load(engine_folder, default_max_tokens=settings["default_max_tokens"])
         self._texts = TextStates(load_tokenizer(engine_folder))
         self._engine = EngineClient()
-        self._waiting: dict[int, _Answer] = {}
+        self._waiting: dict[Asked, _Answer] = {}
         self._stopping = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="cancel", daemon=True)
         self._watcher.start()
@@ -76,16 +79,20 @@ class TritonPythonModel:
         """Returns when the engine has taken the requests: what waits for a slot waits in Triton's queue."""
         for request in requests:
             answer = _Answer(request, self._texts)
+            arrival_ns = time.time_ns()
             try:
-                refuse_unknown_parameters(json.loads(request.parameters() or "{}"))
+                parameters = read_parameters(request.parameters())
+                refuse_unknown_parameters(parameters, CLIENT_INPUTS)
+                timeout = timeout_microseconds(request.timeout(), parameters)
                 tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
                 if "stream" in tensors and tensors["stream"].any():
                     message = "stream is true and this model gives one response; stream from the model without '_infer'"
                     raise RequestError(message)
                 for_engine = encode_prompts(self._encoder, tensors)
                 for_engine |= {ENGINE_NAMES[name]: array for name, array in tensors.items() if name in ENGINE_NAMES}
-                self._waiting[self._engine.ask(for_engine, answer)] = answer
-            except (PromptError, RequestError, EngineError) as error:
+                for_engine["ARRIVAL"] = arrival_tensor(len(for_engine["input_ids"]), False, arrival_ns)
+                self._waiting[self._engine.ask(for_engine, timeout, answer)] = answer
+            except (PromptError, ParameterError, RequestError, EngineError) as error:
                 answer.fail(error)
             except Exception:
                 logging.exception("a request could not be read")
@@ -98,10 +105,10 @@ class TritonPythonModel:
 
     def _watch(self) -> None:
         while not self._stopping.wait(_CANCEL_POLL_SECONDS):
-            for number, answer in list(self._waiting.items()):
+            for asked, answer in list(self._waiting.items()):
                 if answer.is_over_or_cancelled():
-                    self._engine.cancel(number)
-                    del self._waiting[number]
+                    asked.cancel()
+                    del self._waiting[asked]
 
 
 class _Answer:
@@ -154,7 +161,9 @@ def _code(error: Exception) -> int:
     match error:
         case RequestCancelled():
             return pb_utils.TritonError.CANCELLED
-        case RequestError() | PromptError():
+        case AdmissionRefused():
+            return pb_utils.TritonError.UNAVAILABLE
+        case RequestError() | PromptError() | ParameterError():
             return pb_utils.TritonError.INVALID_ARG
         case EngineError():
             return pb_utils.TritonError.UNAVAILABLE

@@ -2,7 +2,7 @@
 whole_sequences.py for requests that do not come from `tensorrt_llm`.
 
 It is also where a vanished client is noticed: Triton marks the request of an ensemble's next step as cancelled, and
-this is the next step after `tensorrt_llm` (see cancel_channel.py).
+this is the next step after `tensorrt_llm` (see feedback_channel.py).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from cancel_channel import CancelSender
 from chunk_header import ChunkHeader
+from feedback_channel import FeedbackSender
 from text_decoding import load_tokenizer
 from text_states import TextStates
 from whole_sequences import SequenceError, decode_sequences
@@ -29,20 +29,20 @@ class TritonPythonModel:
         self._tokenizer = load_tokenizer(engine_folder)
         self._vocab_size = json.loads((engine_folder / "engine.json").read_text())["vocab_size"]
         self._states = TextStates(self._tokenizer)
-        self._cancel = CancelSender()
+        self._feedback = FeedbackSender()
 
     def execute(self, requests: list) -> list:
         return [self._respond(request) for request in requests]
 
     def finalize(self) -> None:
-        self._cancel.close()
+        self._feedback.close()
 
     def _respond(self, request) -> pb_utils.InferenceResponse:
         header = pb_utils.get_input_tensor_by_name(request, "CHUNK_HEADER")
         return self._decode_whole(request) if header is None else self._decode_chunk(request, header.as_numpy())
 
     def _decode_chunk(self, request, header: np.ndarray) -> pb_utils.InferenceResponse:
-        """One response of `tensorrt_llm`: header [1, sequences, 3 or more], a row of tokens for each."""
+        """One response of `tensorrt_llm`: header [1, sequences, 5 or more], a row of tokens for each."""
         headers = []
         try:
             headers = [ChunkHeader.from_row(row) for row in header[0].tolist()]
@@ -53,6 +53,8 @@ class TritonPythonModel:
                 texts = [""] * len(headers)
             else:
                 texts = self._texts(request, headers)
+                if headers[0].number:
+                    self._feedback.done(headers[0].listener_pid, headers[0].number)
             return _answer([text.encode() for text in texts])
         except Exception:
             logging.exception("a chunk could not be decoded")
@@ -71,7 +73,7 @@ class TritonPythonModel:
         for header in headers:
             self._states.forget(header.key)
             if not header.is_last:
-                self._cancel.cancel_key(header.key)
+                self._feedback.gone(header.listener_pid, header.key)
 
     def _decode_whole(self, request) -> pb_utils.InferenceResponse:
         ids, lengths = _array(request, "TOKENS_BATCH"), _array(request, "SEQUENCE_LENGTH")

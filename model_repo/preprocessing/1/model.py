@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from pathlib import Path
 
 import triton_python_backend_utils as pb_utils
-from prompt_encoding import PromptEncoder, PromptError, refuse_unknown_parameters
-from prompt_tensors import encode_prompts
+from prompt_encoding import CLIENT_INPUTS, PromptEncoder, PromptError
+from prompt_tensors import arrival_tensor, encode_prompts
+from request_parameters import ParameterError, read_parameters, refuse_unknown_parameters, timeout_microseconds
 
 # This model's tensor names, which are NVIDIA's, and those of the client and of tensorrt_llm.
 _INPUTS = {
@@ -25,6 +27,7 @@ _OUTPUTS = {
     "request_output_len": "REQUEST_OUTPUT_LEN",
     "stop_words": "STOP_WORDS",
     "bad_words_list": "BAD_WORDS_IDS",
+    "ARRIVAL": "ARRIVAL",
 }
 
 
@@ -40,12 +43,16 @@ class TritonPythonModel:
         return [self._respond(request) for request in requests]
 
     def _respond(self, request) -> pb_utils.InferenceResponse:
+        arrival_ns = time.time_ns()
         try:
-            refuse_unknown_parameters(json.loads(request.parameters() or "{}"))
+            parameters = read_parameters(request.parameters())
+            refuse_unknown_parameters(parameters, CLIENT_INPUTS)
+            timeout_microseconds(request.timeout(), parameters)  # tensorrt_llm honours it; here it is only checked
             tensors = {_INPUTS[tensor.name()]: tensor.as_numpy() for tensor in request.inputs()}
             arrays = encode_prompts(self._encoder, tensors)
+            arrays["ARRIVAL"] = arrival_tensor(len(arrays["input_ids"]), True, arrival_ns)
             return pb_utils.InferenceResponse([pb_utils.Tensor(_OUTPUTS[name], arrays[name]) for name in arrays])
-        except PromptError as error:
+        except (PromptError, ParameterError) as error:
             return _failed(str(error), pb_utils.TritonError.INVALID_ARG)
         except Exception:
             logging.exception("a prompt could not be encoded")

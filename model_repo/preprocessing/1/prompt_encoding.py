@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -46,11 +45,7 @@ CLIENT_INPUTS = (
     "return_perf_metrics",
     "return_num_input_tokens",
     "return_num_output_tokens",
-)
-
-# Parameters of Triton's own protocols, which come along with a request.
-TRITON_PARAMETERS = frozenset(
-    {"id", "priority", "timeout", "sequence_id", "sequence_start", "sequence_end", "binary_data_output"}
+    "priority",
 )
 
 # Of tokenizer_config.json; chat templates use them by these names.
@@ -215,17 +210,6 @@ def decode_utf8(value: bytes, name: str) -> str:
         return value.decode()
     except UnicodeDecodeError as error:
         raise PromptError(f"{name} is not UTF-8: byte {error.start} is 0x{value[error.start]:02x}") from None
-
-
-def refuse_unknown_parameters(names: Collection[str]) -> None:
-    """The generate endpoints turn every JSON key that names no input into a parameter, and Triton then ignores it."""
-    for name in names:
-        if name in CLIENT_INPUTS:  # from clients of /infer and gRPC, which write both
-            raise PromptError(f"'{name}' came as a parameter, where it has no effect; send it as an input tensor")
-        if name not in TRITON_PARAMETERS and not name.startswith("triton_"):
-            nearest = difflib.get_close_matches(name, CLIENT_INPUTS, n=1)
-            hint = f"perhaps you meant '{nearest[0]}'" if nearest else "leave it out"
-            raise PromptError(f"'{name}' is not an input of this model; {hint}")
 
 
 def word_list_array(words: Sequence[Sequence[int]]) -> np.ndarray:

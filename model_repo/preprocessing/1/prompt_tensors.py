@@ -39,6 +39,11 @@ def encode_prompts(encoder: PromptEncoder, tensors: Tensors) -> dict[str, np.nda
     }
 
 
+def arrival_tensor(num_prompts: int, from_ensemble: bool, arrival_ns: int) -> np.ndarray:
+    """ARRIVAL, INT64 [n, 2]: whether the answers go to `postprocessing`, and the Unix time."""
+    return np.full((num_prompts, 2), (from_ensemble, arrival_ns), np.int64)
+
+
 def _values(tensors: Tensors, name: str) -> np.ndarray | None:
     """The tensor, or None where it is absent or empty as JSON's "" and [] make it."""
     array = tensors.get(name)

@@ -21,21 +21,25 @@ class ChunkHeader:
     is_last: bool = True
     keep_special_tokens: bool = False
     trim_characters: int = 0  # cut from the end of the last chunk: the stop word
+    listener_pid: int = 0  # whom to tell, see feedback_channel.py
+    number: int = 0  # of the response, rising from 1; 0: nobody wants to know when it is decoded
     context: Sequence[int] = ()  # with the first chunk: the prompt's last ids
 
     def to_row(self) -> list[int]:
-        """3 + len(context) numbers; the rows of one response have equal lengths, since they share their prompt."""
+        """5 + len(context) numbers; the rows of one response have equal lengths, since they share their prompt."""
         flags = _FIRST * self.is_first | _LAST * self.is_last | _KEEP_SPECIAL_TOKENS * self.keep_special_tokens
-        return [self.key, flags, self.trim_characters, *self.context]
+        return [self.key, flags, self.trim_characters, self.listener_pid, self.number, *self.context]
 
     @classmethod
     def from_row(cls, row: Sequence[int]) -> ChunkHeader:
-        key, flags, trim_characters, *context = row
+        key, flags, trim_characters, listener_pid, number, *context = row
         return cls(
             key=key,
             is_first=bool(flags & _FIRST),
             is_last=bool(flags & _LAST),
             keep_special_tokens=bool(flags & _KEEP_SPECIAL_TOKENS),
             trim_characters=trim_characters,
+            listener_pid=listener_pid,
+            number=number,
             context=context,
         )

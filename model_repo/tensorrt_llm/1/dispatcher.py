@@ -3,34 +3,36 @@
 One thread, the dispatcher's, owns all state of the requests in flight. Everybody else only puts events on its
 queue, so there is no lock to hold wrongly:
 
-    execute()  --Begin-->  +------------+  --> Responder.send / fail  (one owner, exactly one final response)
-    engine     --Step--->  | dispatcher |
-    cancel     --Cancel->  +------------+  --> Engine.abort
+    execute()       --Begin-->  +------------+  --> Responder.send / fail  (one owner, exactly one final response)
+    engine          --Step--->  | dispatcher |
+    postprocessing  --Done--->  |            |  --> Engine.submit
+    cancel          --Cancel->  +------------+  --> Engine.abort
 
-Admission: `submit` does not return while all engine slots (and a small margin) are taken, so that waiting requests
-stay in Triton's scheduler, where its queue metrics, priorities, timeouts and `max_queue_size` are true.
-
-Pacing: every response of an ensemble costs CPU time. While few streams run, each token is sent at once; as streams
-grow, the tokens of one stream are sent together, at most `responses_per_second` responses in all.
+Admission: see waiting_room.py. Pacing: see pacing.py. docs/request-life.md tells a request's whole life, this part of
+it included.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-from chunk_header import ChunkHeader
-from chunks import Chunk, SequenceChunk
-from generation import Engine, EngineError, FinishReason, RequestCancelled, RequestError, Step
-from request_reading import Prompt
+from chunks import Chunk
+from exchanges import Answer, Exchange, Responder, Sequence, new_exchange
+from generation import AdmissionRefused, Engine, EngineError, GenerationRequest, RequestCancelled, RequestError, Step
+from measurements import Measurements, Outcome
+from pacing import Pacer
+from request_reading import Prompt, Request
 from stop_words import Released, StopWordMatcher
 from text_decoding import CONTEXT_TOKENS, TextStream
 from tokenizers import Tokenizer
+from waiting_room import QueueLimits, WaitingRoom
 
 _log = logging.getLogger(__name__)
 
@@ -38,84 +40,38 @@ _log = logging.getLogger(__name__)
 _CANCEL_POLL_SECONDS = 0.1
 _CANCEL_POLLS_AT_ONCE = 16
 
+# An error that overtakes a response in the ensemble leaves its request in flight for ever (Triton before 26.03), and
+# the server then cannot end before its exit timeout. So an error waits until the responses before it are decoded, and
+# their texts on their way; but no longer than clients can be left waiting.
+_TEXT_IS_OUT_SECONDS = 0.02
+_ERROR_WAITS_SECONDS = 0.5
+
+_LOOK_AGAIN_SECONDS = 0.01  # when responses are held back: postprocessing's next report comes in about that time
+
+_SHUTTING_DOWN = "the server is shutting down; send the request again"
 _OUR_FAULT = "the server failed on this request; its log has the reason"
-
-
-class Responder(Protocol):
-    """The way back to one Triton request. Only the dispatcher's thread calls it."""
-
-    request_id: str
-
-    def send(self, chunk: Chunk, *, final: bool) -> None: ...
-
-    def fail(self, error: Exception) -> None:
-        """The final response, in place of what is missing."""
-
-    def is_cancelled(self) -> bool: ...
-
-
-@dataclass(slots=True, eq=False)
-class _Exchange:
-    """One Triton request with all of its prompts."""
-
-    responder: Responder
-    prompts_left: int
-    engine_keys: set[int] = field(default_factory=set)  # the engine has them, and each has a slot
-    closed: bool = False  # its final response is out
-
-
-@dataclass(slots=True, eq=False)
-class _Answer:
-    """One prompt's sequences."""
-
-    exchange: _Exchange
-    prompt: Prompt
-    arrival_ns: int
-    sequences: list[_Sequence] = field(default_factory=list)
-    sequences_left: int = 0
-    scheduled_ns: int = 0
-    first_token_ns: int = 0
-    last_token_ns: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Sequence:
-    """One sequence: tokens that came and have not been sent."""
-
-    answer: _Answer
-    engine_key: int
-    text_key: int  # names its text in postprocessing
-    index: int
-    matcher: StopWordMatcher | None
-    held: list[int] = field(default_factory=list)  # waiting for the matcher
-    token_ids: list[int] = field(default_factory=list)  # may go
-    log_probs: list[float] = field(default_factory=list)
-    cumulative_log_prob: float = 0.0
-    trim_characters: int = 0
-    finish_reason: FinishReason = ""
-    cut_short: bool = False  # ended by us: for all we know, the engine goes on with it
-    is_first: bool = True
-    next_send: float = 0.0  # monotonic seconds
 
 
 @dataclass(slots=True)
 class _Begin:
-    exchange: _Exchange
-    answers: list[_Answer]
-
-
-@dataclass(slots=True)
-class _Admitted:
-    """The engine has it, or has refused it: only now can it be aborted, and its slot be given away."""
-
-    exchange: _Exchange
-    engine_key: int
+    exchange: Exchange
 
 
 @dataclass(slots=True)
 class _Event:
     engine_key: int
     what: Step | RequestError | EngineError
+    time_ns: int
+
+
+@dataclass(slots=True)
+class _Done:
+    number: int
+
+
+@dataclass(slots=True)
+class _End:
+    pass
 
 
 @dataclass(slots=True)
@@ -128,8 +84,26 @@ class _CancelRequestId:
     request_id: str
 
 
+@dataclass(slots=True)
+class _TellWhenIdle:
+    is_idle: threading.Event
+
+
+@dataclass(slots=True)
+class _LateError:
+    """The end of an exchange that is closed, and whose last texts are still on their way. Monotonic seconds."""
+
+    exchange: Exchange
+    error: Exception
+    due: float
+
+
 class Dispatcher:
-    """Serves requests with one engine. `on_fatal` is called once, after every request in flight has failed."""
+    """Serves requests with one engine.
+
+    `queue_limits`: None where requests wait in Triton's queue. `on_fatal` is called once, after every request in flight
+    has failed: when the engine says that it has failed, or has said nothing for `hang_seconds` while it had work.
+    """
 
     def __init__(
         self,
@@ -137,51 +111,68 @@ class Dispatcher:
         tokenizer: Tokenizer,
         *,
         responses_per_second: float,
+        hang_seconds: float,
+        queue_limits: QueueLimits | None,
+        measurements: Measurements,
         on_fatal: Callable[[EngineError], None],
     ):
         self._engine, self._tokenizer, self._on_fatal = engine, tokenizer, on_fatal
-        self._seconds_per_response = 1.0 / responses_per_second
+        self._hang_seconds, self._measurements = hang_seconds, measurements
         added = tokenizer.get_added_tokens_decoder()
         self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
         # A slot that becomes free is refilled by the engine itself, from the margin, before Triton hands over the next.
         margin = max(1, engine.limits.max_batch_size // 8)
-        self.max_in_flight = engine.limits.max_batch_size + margin
-        self._slots = threading.Semaphore(self.max_in_flight)
+        self.max_in_engine = engine.limits.max_batch_size + margin
+        self._waits_in_triton = queue_limits is None
         self._fatal: EngineError | None = None
+        self._closing_ns = 0  # Unix time after which nobody is let in any more; 0: not yet
         self._events: queue.SimpleQueue = queue.SimpleQueue()
         # Owned by the dispatcher's thread.
-        self._by_engine_key: dict[int, list[_Sequence]] = {}
-        self._by_text_key: dict[int, _Sequence] = {}
-        self._exchanges: dict[_Exchange, None] = {}  # in order of arrival
-        self._ready: dict[_Sequence, None] = {}  # have something to send
-        self._num_streams = 0
+        self._pacer = Pacer(responses_per_second)
+        self._engine_pace = math.nan  # what the engine was last told
+        self._room = WaitingRoom(queue_limits or QueueLimits())
+        self._by_engine_key: dict[int, list[Sequence]] = {}
+        self._by_text_key: dict[int, Sequence] = {}
+        self._exchanges: dict[Exchange, None] = {}  # in order of arrival
+        self._ready: dict[Sequence, None] = {}  # have something to send
+        self._late_errors: list[_LateError] = []
+        self._breakdown: EngineError | None = None  # to be told when all have failed
+        self._idle_waiters: list[threading.Event] = []
+        self._num_in_engine = 0
+        self._last_news = 0.0  # from the engine, monotonic seconds
+        self._is_holding_back = False
         self._next_cancel_poll = 0.0
+        self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="dispatcher", daemon=True)
         self._thread.start()
 
     # ---- called by other threads -------------------------------------------------------------------------------
 
-    def submit(self, prompts: Sequence[Prompt], responder: Responder) -> None:
-        """Begin one request. Blocks while the engine is full. Errors go to the responder, never to the caller."""
-        arrival_ns = time.time_ns()
-        exchange = _Exchange(responder, len(prompts))
-        answers = [self._make_answer(exchange, prompt, arrival_ns) for prompt in prompts]
-        self._events.put(_Begin(exchange, answers))
-        for answer in answers:
-            for generation in answer.prompt.generations:
-                self._slots.acquire()
-                if self._fatal is not None or exchange.closed:
-                    self._slots.release()
-                    continue
-                answer.scheduled_ns = answer.scheduled_ns or time.time_ns()
-                try:
-                    self._engine.submit(generation, self._deliver_to(generation.key))
-                except RequestError as error:
-                    self._events.put(_Event(generation.key, error))
-                except Exception as error:
-                    _log.exception("the engine refused request %d", generation.key)
-                    self._events.put(_Event(generation.key, RequestError(f"the engine refused the request: {error}")))
-                self._events.put(_Admitted(exchange, generation.key))
+    def submit(self, request: Request, responder: Responder) -> None:
+        """Begin one request. Errors go to the responder, never to the caller.
+
+        Where requests wait in Triton's queue, this one's caller is the head of it and is kept until the engine has
+        taken the request or it is over: Triton then hands over no other.
+        """
+        deadline = math.inf
+        if request.timeout_seconds is not None:
+            deadline = time.monotonic() + request.timeout_seconds - (time.time_ns() - request.arrival_ns) / 1e9
+        exchange = new_exchange(request, responder, deadline, self._make_matcher)
+        self._events.put(_Begin(exchange))
+        if self._waits_in_triton:
+            exchange.has_left.wait()
+
+    def done(self, number: int) -> None:
+        """`postprocessing` has decoded the response of this number, and all before it."""
+        self._events.put(_Done(number))
+
+    def drain(self) -> None:
+        """The server is about to end: those who came before are served, those who come now are not."""
+        self._closing_ns = self._closing_ns or time.time_ns()
+
+    def end(self) -> None:
+        """End whatever is in flight."""
+        self._events.put(_End())
 
     def cancel_key(self, text_key: int) -> None:
         self._events.put(_CancelKey(text_key))
@@ -192,60 +183,70 @@ class Dispatcher:
 
     @property
     def num_in_flight(self) -> int:
+        """Sequences that have left Triton's queue and are not over."""
         return len(self._by_engine_key)
+
+    def wait_until_idle(self, seconds: float) -> bool:
+        """Until nothing is in flight. False if something still is after so long."""
+        is_idle = threading.Event()
+        self._events.put(_TellWhenIdle(is_idle))
+        return is_idle.wait(seconds)
 
     def close(self) -> None:
         """Fail what is still in flight and end the thread. The engine is the caller's to shut down.
 
         Nothing may be submitted any more: Triton finalizes a model after its last `execute` has returned.
         """
-        self._events.put(EngineError("the server is shutting down; send the request again"))
+        self._events.put(EngineError(_SHUTTING_DOWN))
         self._thread.join()
 
     def _deliver_to(self, engine_key: int) -> Callable[[Step | RequestError | EngineError], None]:
-        put = self._events.put
-        return lambda what: put(_Event(engine_key, what))
+        return lambda what: self._put_event(engine_key, what)
 
-    def _make_answer(self, exchange: _Exchange, prompt: Prompt, arrival_ns: int) -> _Answer:
-        answer = _Answer(exchange, prompt, arrival_ns)
-        for generation in prompt.generations:
-            for beam in range(generation.num_beams_returned):
-                matcher = None
-                if prompt.stop_words:
-                    context = prompt.prompt_ids[-CONTEXT_TOKENS:]
-                    keep = prompt.keep_special_tokens
-                    text = TextStream(self._tokenizer, context, skip_special_tokens=not keep)
-                    stop_ids = () if keep else {self._special_ids.get(word) for word in prompt.stop_words} - {None}
-                    matcher = StopWordMatcher(prompt.stop_words, text, stop_ids)
-                sequence = _Sequence(
-                    answer=answer,
-                    engine_key=generation.key,
-                    # Beams share the engine's key; the highest bits tell their texts apart.
-                    text_key=generation.key | beam << 56,
-                    index=len(answer.sequences),
-                    matcher=matcher,
-                )
-                answer.sequences.append(sequence)
-        answer.sequences_left = len(answer.sequences)
-        return answer
+    def _put_event(self, engine_key: int, what: Step | RequestError | EngineError) -> None:
+        self._events.put(_Event(engine_key, what, time.time_ns()))
+
+    def _make_matcher(self, prompt: Prompt) -> StopWordMatcher | None:
+        if not prompt.stop_words:
+            return None
+        keep = prompt.keep_special_tokens
+        text = TextStream(self._tokenizer, prompt.prompt_ids[-CONTEXT_TOKENS:], skip_special_tokens=not keep)
+        stop_ids = () if keep else {self._special_ids.get(word) for word in prompt.stop_words} - {None}
+        return StopWordMatcher(prompt.stop_words, text, stop_ids)
 
     # ---- the dispatcher's thread -------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while True:
+        is_open = True
+        while is_open or self._late_errors:
             for event in self._wait_for_events():
                 if isinstance(event, EngineError):
                     self._fail_all(event)
-                    return
+                    is_open = False
+                    continue
                 try:
                     self._handle(event)
                 except Exception:
                     _log.exception("dispatcher failed on %r", event)
                     if isinstance(event, _Event):
                         self._fail_one(event.engine_key, RuntimeError(_OUR_FAULT))
-            now = time.monotonic()
-            self._send_what_is_due(now)
-            self._ask_who_is_gone(now)
+            try:
+                self._do_what_is_due(time.monotonic())
+            except Exception:
+                _log.exception("dispatcher failed")
+                self._break_down(EngineError("the server failed and must be restarted; its log has the reason"))
+
+    def _do_what_is_due(self, now: float) -> None:
+        self._end_what_is_due(now)
+        self._fill_engine()
+        self._refuse_who_waited_too_long(now)
+        self._send_what_is_due(now)
+        self._send_late_errors(now)
+        self._ask_who_is_gone(now)
+        self._look_after_engine(now)
+        self._measurements.now_in_flight(len(self._by_engine_key), self._num_in_engine)
+        if not self._exchanges and not self._late_errors:
+            self._tell_that_all_ended()
 
     def _wait_for_events(self) -> list:
         """At least one event, or none when something has to be sent or asked first."""
@@ -258,27 +259,39 @@ class Dispatcher:
             return events
 
     def _seconds_to_wait(self) -> float | None:
-        if not self._exchanges:
-            return None
-        due = min((sequence.next_send for sequence in self._ready), default=self._next_cancel_poll)
-        return max(0.0, min(due, self._next_cancel_poll) - time.monotonic())
+        times = list(self._times_to_look())
+        return max(0.0, min(times) - time.monotonic()) if times else None
+
+    def _times_to_look(self) -> Iterator[float]:
+        """Monotonic seconds at which there may be something to do without an event."""
+        if self._exchanges:
+            yield self._next_cancel_poll  # deadlines need no better clock
+        if self._is_holding_back:
+            yield time.monotonic() + _LOOK_AGAIN_SECONDS
+        elif self._ready:
+            yield min(sequence.next_send for sequence in self._ready)
+        if self._late_errors:
+            yield min(late.due for late in self._late_errors)
 
     def _handle(self, event) -> None:
         match event:
-            case _Event(engine_key, Step() as step):
-                self._take_step(engine_key, step)
+            case _Event(engine_key, Step() as step, time_ns):
+                self._last_news = time.monotonic()
+                self._take_step(engine_key, step, time_ns)
             case _Event(engine_key, RequestError() as error):
+                self._last_news = time.monotonic()
                 self._fail_one(engine_key, error)
             case _Event(_, EngineError() as error):
-                if self._fatal is None:
-                    self._fail_all(error)
-                    self._on_fatal(error)
-            case _Begin(exchange, answers):
-                self._begin(exchange, answers)
-            case _Admitted(exchange, engine_key):
-                exchange.engine_keys.add(engine_key)
-                if engine_key not in self._by_engine_key:  # it ended while submit() was still handing it over
-                    self._release(exchange, engine_key, abort=True)
+                self._break_down(error)
+            case _Done(number):
+                self._pacer.done(number, time.monotonic())
+            case _Begin(exchange):
+                self._begin(exchange)
+            case _End():
+                for exchange in list(self._exchanges):
+                    self._close(exchange, EngineError(_SHUTTING_DOWN))
+            case _TellWhenIdle(is_idle):
+                self._idle_waiters.append(is_idle)
             case _CancelKey(text_key):
                 if sequence := self._by_text_key.get(text_key):
                     self._close(sequence.answer.exchange, RequestCancelled("the client cancelled the request"))
@@ -286,27 +299,70 @@ class Dispatcher:
                 for exchange in [e for e in self._exchanges if e.responder.request_id == request_id]:
                     self._close(exchange, RequestCancelled(f"request '{request_id}' was stopped"))
 
-    def _begin(self, exchange: _Exchange, answers: list[_Answer]) -> None:
+    def _begin(self, exchange: Exchange) -> None:
         self._exchanges[exchange] = None
-        for answer in answers:
-            self._num_streams += len(answer.sequences) * answer.prompt.streaming
+        self._measurements.arrived(sum(len(answer.prompt.prompt_ids) for answer in exchange.answers))
+        for answer in exchange.answers:
+            self._count_streams(len(answer.sequences) * answer.prompt.streaming)
             for sequence in answer.sequences:
                 self._by_engine_key.setdefault(sequence.engine_key, []).append(sequence)
                 self._by_text_key[sequence.text_key] = sequence
-        if self._fatal is not None:
-            self._close(exchange, self._fatal)
+        try:
+            if self._fatal is not None:
+                raise self._fatal
+            if self._closing_ns and exchange.request.arrival_ns > self._closing_ns:
+                raise EngineError(_SHUTTING_DOWN)
+            self._room.enter(exchange, time.monotonic())
+            self._fill_engine()  # so that only those who really wait are in the way of the next
+        except (EngineError, AdmissionRefused) as error:
+            self._close(exchange, error)
 
-    def _take_step(self, engine_key: int, step: Step) -> None:
+    # ---- admission ---------------------------------------------------------------------------------------------
+
+    def _fill_engine(self) -> None:
+        while self._num_in_engine < self.max_in_engine and (waiting := self._room.next()):
+            self._hand_over(*waiting)
+
+    def _refuse_who_waited_too_long(self, now: float) -> None:
+        for exchange, error in self._room.take_expired(now):
+            self._close(exchange, error)
+
+    def _hand_over(self, answer: Answer, generation: GenerationRequest) -> None:
+        exchange = answer.exchange
+        now_ns = time.time_ns()
+        if not any(each.scheduled_ns for each in exchange.answers):
+            self._measurements.waited(now_ns - exchange.request.arrival_ns)
+        answer.scheduled_ns = answer.scheduled_ns or now_ns
+        if not self._num_in_engine:
+            self._last_news = time.monotonic()
+        exchange.engine_keys.add(generation.key)
+        self._num_in_engine += 1
+        try:
+            self._engine.submit(generation, self._deliver_to(generation.key))
+        except RequestError as error:
+            self._close(exchange, error)
+        except Exception as error:
+            _log.exception("the engine refused request %d", generation.key)
+            self._close(exchange, RequestError(f"the engine refused the request: {error}"))
+
+    def _count_streams(self, more: int) -> None:
+        self._pacer.num_streams += more
+        pace = self._pacer.seconds_between
+        if pace != self._engine_pace:
+            self._engine_pace = pace
+            self._engine.pace(pace)
+
+    # ---- tokens ------------------------------------------------------------------------------------------------
+
+    def _take_step(self, engine_key: int, step: Step, time_ns: int) -> None:
         sequences = self._by_engine_key.get(engine_key)
         if sequences is None:  # cancelled, or ended by a stop word: the engine was a step ahead
             return
         sequence = sequences[step.beam]
-        answer = sequence.answer
-        if answer.exchange.closed or sequence.finish_reason:
+        if sequence.answer.exchange.closed or sequence.finish_reason:
             return
         if step.token_ids:
-            answer.last_token_ns = time.time_ns()
-            answer.first_token_ns = answer.first_token_ns or answer.last_token_ns
+            self._count_tokens(sequence, len(step.token_ids), time_ns)
         if step.log_probs is not None:
             sequence.log_probs.extend(step.log_probs)
         if sequence.matcher is None:
@@ -317,10 +373,18 @@ class Dispatcher:
         if sequence.finish_reason:
             sequence.cut_short = not step.finish_reason
             self._finish(sequence)
-        elif answer.prompt.streaming and sequence.token_ids:
+        elif sequence.answer.prompt.streaming and sequence.token_ids:
             self._ready[sequence] = None
 
-    def _match_stop_words(self, sequence: _Sequence, step: Step) -> None:
+    def _count_tokens(self, sequence: Sequence, number: int, time_ns: int) -> None:
+        answer = sequence.answer
+        self._measurements.tokens(number, time_ns - sequence.last_token_ns if sequence.last_token_ns else None)
+        sequence.last_token_ns = answer.last_token_ns = time_ns
+        if not answer.first_token_ns:
+            answer.first_token_ns = time_ns
+            self._measurements.first_token(time_ns - answer.exchange.request.arrival_ns)
+
+    def _match_stop_words(self, sequence: Sequence, step: Step) -> None:
         for token_id in step.token_ids:
             sequence.held.append(token_id)
             released = sequence.matcher.feed(token_id)
@@ -332,14 +396,66 @@ class Dispatcher:
             self._let_go(sequence, sequence.matcher.finish())
 
     @staticmethod
-    def _let_go(sequence: _Sequence, released: Released) -> None:
+    def _let_go(sequence: Sequence, released: Released) -> None:
         sequence.token_ids += sequence.held[: released.num_tokens]
         del sequence.held[: released.num_tokens]
         if released.stopped:
             sequence.finish_reason = "stop"
             sequence.trim_characters = released.trim_characters
 
-    def _finish(self, sequence: _Sequence) -> None:
+    # ---- responses ---------------------------------------------------------------------------------------------
+
+    def _send_what_is_due(self, now: float) -> None:
+        self._is_holding_back = False
+        for sequence in [s for s in self._ready if s.next_send <= now]:
+            exchange = sequence.answer.exchange
+            if exchange.closed:  # just now, by a sequence before this one
+                continue
+            if exchange.goes_to_postprocessing and not self._pacer.may_send(now):
+                self._is_holding_back = True
+                continue
+            del self._ready[sequence]
+            try:
+                self._send(sequence, now)
+            except Exception:
+                _log.exception("a response could not be sent")
+                self._close(exchange, RuntimeError(_OUR_FAULT))
+            sequence.next_send = now + self._pacer.seconds_between
+
+    def _send(self, sequence: Sequence, now: float) -> None:
+        answer = sequence.answer
+        exchange = answer.exchange
+        together = [sequence] if answer.prompt.streaming else answer.sequences
+        if exchange.goes_to_postprocessing:
+            exchange.last_number = self._pacer.next_number(now)
+        chunk = Chunk(
+            batch_index=answer.prompt.batch_index,
+            sequence_index=sequence.index if answer.prompt.streaming else 0,
+            num_input_tokens=len(answer.prompt.prompt_ids),
+            sequences=[s.take_chunk(listener_pid=self._pid, number=exchange.last_number) for s in together],
+            times_ns=(
+                exchange.request.arrival_ns,
+                answer.scheduled_ns,
+                answer.first_token_ns,
+                answer.last_token_ns,
+            ),
+        )
+        if sequence.finish_reason:
+            for ended in together:
+                self._by_text_key.pop(ended.text_key, None)
+            self._count_streams(-answer.prompt.streaming)
+            # A stream's answer is complete when its last sequence is out, not when the engine has finished it.
+            waiting = answer.sequences_left or any(s in self._ready for s in answer.sequences)
+            exchange.prompts_left -= not waiting
+        final = exchange.prompts_left == 0
+        exchange.responder.send(chunk, final=final)
+        if final:
+            self._end(exchange, sequence.finish_reason)
+
+    # ---- endings -----------------------------------------------------------------------------------------------
+
+    def _finish(self, sequence: Sequence) -> None:
+        """`sequence` has its last token, which is still to be sent."""
         answer = sequence.answer
         answer.sequences_left -= 1
         if answer.prompt.streaming or not answer.sequences_left:
@@ -349,107 +465,109 @@ class Dispatcher:
         if all(sibling.finish_reason for sibling in siblings):
             self._release(answer.exchange, sequence.engine_key, abort=any(s.cut_short for s in siblings))
 
-    def _release(self, exchange: _Exchange, engine_key: int, *, abort: bool) -> None:
+    def _release(self, exchange: Exchange, engine_key: int, *, abort: bool) -> None:
         """The engine is done with this key, or must be: its slot is free for the next request."""
         self._by_engine_key.pop(engine_key, None)
         if engine_key in exchange.engine_keys:
             exchange.engine_keys.discard(engine_key)
             if abort:
                 self._engine.abort(engine_key)
-            self._slots.release()
+            self._num_in_engine -= 1
 
-    def _send_what_is_due(self, now: float) -> None:
-        for sequence in [s for s in self._ready if s.next_send <= now]:
-            exchange = sequence.answer.exchange
-            if exchange.closed:  # just now, by a sequence before this one
-                continue
-            del self._ready[sequence]
-            try:
-                self._send(sequence)
-            except Exception:
-                _log.exception("a response could not be sent")
-                self._close(exchange, RuntimeError(_OUR_FAULT))
-            sequence.next_send = now + self._num_streams * self._seconds_per_response
+    def _end(self, exchange: Exchange, outcome: Outcome) -> None:
+        exchange.closed = True
+        self._exchanges.pop(exchange, None)
+        self._room.leave(exchange)
+        lengths = [
+            (len(answer.prompt.prompt_ids), sum(sequence.num_tokens for sequence in answer.sequences))
+            for answer in exchange.answers
+        ]
+        self._measurements.ended(outcome, (time.time_ns() - exchange.request.arrival_ns) / 1e9, lengths)
 
-    def _send(self, sequence: _Sequence) -> None:
-        answer = sequence.answer
-        exchange = answer.exchange
-        together = [sequence] if answer.prompt.streaming else answer.sequences
-        chunk = Chunk(
-            batch_index=answer.prompt.batch_index,
-            sequence_index=sequence.index if answer.prompt.streaming else 0,
-            num_input_tokens=len(answer.prompt.prompt_ids),
-            sequences=[self._take_chunk(s) for s in together],
-            times_ns=(answer.arrival_ns, answer.scheduled_ns, answer.first_token_ns, answer.last_token_ns),
-        )
-        if sequence.finish_reason:
-            for ended in together:
-                self._by_text_key.pop(ended.text_key, None)
-            self._num_streams -= answer.prompt.streaming
-            # A stream's answer is complete when its last sequence is out, not when the engine has finished it.
-            waiting = answer.sequences_left or any(s in self._ready for s in answer.sequences)
-            exchange.prompts_left -= not waiting
-        final = exchange.prompts_left == 0
-        exchange.responder.send(chunk, final=final)
-        if final:
-            exchange.closed = True
-            self._exchanges.pop(exchange, None)
-
-    def _take_chunk(self, sequence: _Sequence) -> SequenceChunk:
-        prompt = sequence.answer.prompt
-        token_ids, log_probs = sequence.token_ids, sequence.log_probs[: len(sequence.token_ids)]
-        sequence.token_ids = []
-        del sequence.log_probs[: len(log_probs)]
-        sequence.cumulative_log_prob += sum(log_probs)
-        is_first, sequence.is_first = sequence.is_first, False
-        echo = is_first and prompt.echo
-        return SequenceChunk(
-            header=ChunkHeader(
-                key=sequence.text_key,
-                is_first=is_first,
-                is_last=bool(sequence.finish_reason),
-                keep_special_tokens=prompt.keep_special_tokens,
-                trim_characters=sequence.trim_characters,
-                context=() if echo or not is_first else prompt.prompt_ids[-CONTEXT_TOKENS:],
-            ),
-            token_ids=[*prompt.prompt_ids, *token_ids] if echo else token_ids,
-            num_output_tokens=len(token_ids),
-            log_probs=log_probs,
-            cumulative_log_prob=sequence.cumulative_log_prob,
-            finish_reason=sequence.finish_reason,
-        )
+    def _end_what_is_due(self, now: float) -> None:
+        """Requests that may not take longer end with what they have."""
+        for exchange in [e for e in self._exchanges if e.deadline <= now]:
+            exchange.deadline = math.inf
+            self._room.leave(exchange)
+            for sequence in exchange.sequences():
+                if sequence.finish_reason:
+                    continue
+                if sequence.matcher is not None:
+                    self._let_go(sequence, sequence.matcher.finish())
+                sequence.finish_reason = sequence.finish_reason or "timeout"
+                sequence.cut_short = True
+                self._finish(sequence)
 
     def _fail_one(self, engine_key: int, error: Exception) -> None:
         if sequences := self._by_engine_key.get(engine_key):
             self._close(sequences[0].answer.exchange, error)
 
-    def _close(self, exchange: _Exchange, error: Exception) -> None:
+    def _close(self, exchange: Exchange, error: Exception) -> None:
         """End a request before its time: its one final response is `error`, and all it holds is free."""
         if exchange.closed:
             return
-        exchange.closed = True
-        self._exchanges.pop(exchange, None)
-        for sequence in [s for s in self._by_text_key.values() if s.answer.exchange is exchange]:
-            del self._by_text_key[sequence.text_key]
-            self._ready.pop(sequence, None)
-            self._num_streams -= sequence.answer.prompt.streaming
+        for sequence in exchange.sequences():
+            if self._by_text_key.pop(sequence.text_key, None) is not None:
+                self._ready.pop(sequence, None)
+                self._count_streams(-sequence.answer.prompt.streaming)
             self._release(exchange, sequence.engine_key, abort=True)
-        try:
-            exchange.responder.fail(error)
-        except Exception:
-            _log.exception("an error could not be sent")
+        if isinstance(error, AdmissionRefused):
+            self._measurements.refused(error.reason)
+        self._end(exchange, _outcome(error))
+        # Nobody reads the end of a cancelled request, and it is no error (see TritonResponder).
+        wait = exchange.last_number > 0 and not isinstance(error, RequestCancelled)
+        late = _LateError(exchange, error, time.monotonic() + _ERROR_WAITS_SECONDS * wait)
+        self._late_errors.append(late)
+        if not wait:
+            self._send_late_errors(late.due)
+
+    def _send_late_errors(self, now: float) -> None:
+        for late in self._late_errors:
+            if self._pacer.is_done(late.exchange.last_number):
+                late.due = min(late.due, now + _TEXT_IS_OUT_SECONDS)
+        due = [late for late in self._late_errors if late.due <= now]
+        self._late_errors = [late for late in self._late_errors if late.due > now]
+        for late in due:
+            try:
+                late.exchange.responder.fail(late.error)
+            except Exception:
+                _log.exception("an error could not be sent")
 
     def _fail_all(self, error: EngineError) -> None:
         self._fatal = error
         for exchange in list(self._exchanges):
             self._close(exchange, error)
-        self._slots.release(self.max_in_flight)  # whoever waits in submit() finds `_fatal`
+
+    def _break_down(self, error: EngineError) -> None:
+        if self._fatal is None:
+            self._breakdown = error
+            self._fail_all(error)
+
+    def _tell_that_all_ended(self) -> None:
+        if self._breakdown is not None:
+            error, self._breakdown = self._breakdown, None
+            self._on_fatal(error)
+        for is_idle in self._idle_waiters:
+            is_idle.set()
+        self._idle_waiters.clear()
+
+    # ---- looking after others ----------------------------------------------------------------------------------
+
+    def _look_after_engine(self, now: float) -> None:
+        if self._num_in_engine and now - self._last_news > self._hang_seconds:
+            self._break_down(
+                EngineError(
+                    f"the engine has {self._num_in_engine} requests and has said nothing for {self._hang_seconds:g} s"
+                )
+            )
 
     def _ask_who_is_gone(self, now: float) -> None:
         if now < self._next_cancel_poll or not self._exchanges:
             return
         self._next_cancel_poll = now + _CANCEL_POLL_SECONDS
-        for exchange in list(self._exchanges)[:_CANCEL_POLLS_AT_ONCE]:
+        # Inside an ensemble Triton never says so, see feedback_channel.py.
+        direct = [exchange for exchange in self._exchanges if not exchange.goes_to_postprocessing]
+        for exchange in direct[:_CANCEL_POLLS_AT_ONCE]:
             del self._exchanges[exchange]  # to the end of the line
             self._exchanges[exchange] = None
             try:
@@ -457,3 +575,15 @@ class Dispatcher:
                     self._close(exchange, RequestCancelled("the client cancelled the request"))
             except Exception:
                 _log.exception("Triton does not say whether a client is still there")
+
+
+def _outcome(error: Exception) -> Outcome:
+    match error:
+        case RequestCancelled():
+            return "cancelled"
+        case AdmissionRefused():
+            return "refused"
+        case RequestError():
+            return "invalid"
+        case _:
+            return "failed"

@@ -13,7 +13,10 @@ _log = logging.getLogger(__name__)
 
 # Engine kind -> its module and class. A module is imported only when its engine is there: a GPU image has no
 # OpenVINO, a CPU image no TensorRT-LLM.
-_ENGINES = {"openvino": ("openvino_engine", "OpenVinoEngine")}
+_ENGINES = {
+    "openvino": ("openvino_engine", "OpenVinoEngine"),
+    "synthetic": ("synthetic_engine", "SyntheticEngine"),
+}
 
 
 def load_engine(folder: Path) -> tuple[Engine, EngineManifest]:

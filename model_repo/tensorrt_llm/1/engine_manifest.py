@@ -55,7 +55,7 @@ class FileRecord(TypedDict):
 class EngineManifest:
     schema: int = SCHEMA
     key: str  # the store's, hex SHA-256 of what the engine was made from
-    engine: Literal["openvino", "tensorrt", "pytorch"]
+    engine: Literal["openvino", "tensorrt", "pytorch", "synthetic"]
     model: str
     revision: str | None  # the commit; None for a local folder
     checkpoint_digest: str

@@ -12,8 +12,11 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
-# "" on every step but a sequence's last. "cancelled" is ours: an engine only ever reports the other two.
-FinishReason = Literal["", "stop", "length", "cancelled"]
+# "" on every step but a sequence's last. An engine only ever reports "stop" and "length"; the others are ours.
+FinishReason = Literal["", "stop", "length", "timeout", "cancelled"]
+
+# Why a request is not let in although nothing is wrong with it.
+Refusal = Literal["queue_full", "queue_timeout"]
 
 # What an engine may or may not be able to do; a request that needs more is refused with a sentence.
 Capability = Literal["beam_search", "log_probs", "bad_words", "min_tokens", "no_end_id"]
@@ -21,6 +24,17 @@ Capability = Literal["beam_search", "log_probs", "bad_words", "min_tokens", "no_
 
 class RequestError(Exception):
     """This request cannot be served: one sentence for the client. Other requests are not touched."""
+
+
+class AdmissionRefused(RequestError):
+    """The server has too much to do for this request now; later it may not."""
+
+    def __init__(self, reason: Refusal, sentence: str):
+        super().__init__(reason, sentence)  # both, as it is pickled on its way to the infer model
+        self.reason, self._sentence = reason, sentence
+
+    def __str__(self) -> str:
+        return self._sentence
 
 
 class RequestCancelled(RequestError):
@@ -63,6 +77,8 @@ class GenerationRequest:
     sampling: Sampling = Sampling()
     num_beams_returned: int = 1
     log_probs: bool = False
+    is_streamed: bool = False  # its tokens are sent while it goes on
+    is_watched: bool = False  # it may have to end after any token
 
 
 @dataclass(slots=True)
@@ -97,13 +113,14 @@ class EngineStats:
 
     num_active_requests: int
     num_scheduled_requests: int
+    num_context_requests: int  # of those scheduled: without a token yet
     kv_blocks_max: int
     kv_blocks_used: int
     kv_tokens_per_block: int
 
     def when_idle(self) -> EngineStats:
         """The same engine with nothing to do."""
-        return replace(self, num_active_requests=0, num_scheduled_requests=0, kv_blocks_used=0)
+        return replace(self, num_active_requests=0, num_scheduled_requests=0, num_context_requests=0, kv_blocks_used=0)
 
 
 class Engine(Protocol):
@@ -111,12 +128,23 @@ class Engine(Protocol):
 
     limits: EngineLimits
     capabilities: Collection[Capability]
+    computes_on_cpu: bool  # where the responses are made too
 
     def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
-        """Begin. `deliver` gets the steps; the last one of the last beam has a finish reason. Raises RequestError."""
+        """Begin, without waiting for anything. Raises RequestError.
+
+        `deliver` gets the steps; the last one of the last beam has a finish reason.
+        """
 
     def abort(self, key: int) -> None:
         """Forget the request and free what it holds. Nothing more is delivered for it. Unknown keys are ignored."""
+
+    def pace(self, seconds: float) -> None:
+        """How long tokens of a streamed sequence may be kept, to hand over several at once; 0: not at all.
+
+        For engines to which handing over costs something. First and last tokens, and those of watched requests, are
+        never kept; requests that are not streamed may keep theirs a few tenths of a second in any case.
+        """
 
     def stats(self) -> EngineStats: ...
 

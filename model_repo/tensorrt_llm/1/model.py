@@ -9,23 +9,27 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import os
-import signal
 import sys
-import threading
 from pathlib import Path
 
 import triton_python_backend_utils as pb_utils
-from cancel_channel import CancelListener
-from dispatcher import Dispatcher, Responder
+from dispatcher import Dispatcher
 from engine_channel import EngineListener
 from engine_loading import load_engine
 from engine_manifest import ManifestError
 from engine_metrics import EngineMetrics
+from exchanges import Responder
+from feedback_channel import FeedbackListener
 from generation import EngineError, RequestError
+from measurements import Measurements
+from metric_families import gauges
+from pacing import affordable_responses_per_second
+from request_parameters import ParameterError, read_parameters, timeout_microseconds
 from request_reading import RequestReader, Tensors
 from response_writing import ResponseWriter, TritonResponder
+from server_ending import end_server
 from text_decoding import load_tokenizer
+from waiting_room import QueueLimits
 
 INPUTS = (
     "input_ids",
@@ -55,7 +59,12 @@ INPUTS = (
     "return_log_probs",
     "return_context_logits",
     "return_generation_logits",
+    "priority",
+    "ARRIVAL",
 )
+
+# Requests that came by the engine channel are in flight in another model, so Triton unloads this one while they run.
+_DRAIN_SECONDS = 30.0
 
 
 class TritonPythonModel:
@@ -77,17 +86,30 @@ class TritonPythonModel:
             tokenizer=tokenizer,
             end_ids=tuple(manifest.eos_token_ids),
             exclude_input_in_output=settings["exclude_input_in_output"],
+            priority_levels=settings["priority_levels"],
         )
+        measurements = Measurements(self._engine.limits.max_batch_size)
         self._dispatcher = Dispatcher(
             self._engine,
             tokenizer,
-            responses_per_second=settings["responses_per_second"],
-            on_fatal=_end_server,
+            responses_per_second=settings["responses_per_second"]
+            or affordable_responses_per_second(self._engine.computes_on_cpu),
+            hang_seconds=settings["hang_seconds"],
+            queue_limits=_queue_limits(settings),
+            measurements=measurements,
+            on_fatal=lambda error: end_server(str(error)),
         )
-        labels = {"model": args["model_name"], "version": args["model_version"]}
-        self._metrics = EngineMetrics(self._engine, labels, self._dispatcher.max_in_flight)
+        self._measurements = measurements
+        self._metrics = EngineMetrics(
+            {"model": args["model_name"], "version": args["model_version"]}, self._gauges, measurements.take
+        )
         self._writer = ResponseWriter()
-        self._cancel_listener = CancelListener(self._dispatcher.cancel_key, self._dispatcher.cancel_request_id)
+        self._feedback = FeedbackListener(
+            on_gone=self._dispatcher.cancel_key,
+            on_done=self._dispatcher.done,
+            on_drain=self._dispatcher.drain,
+            on_end=self._dispatcher.end,
+        )
         self._engine_listener = EngineListener(self._serve, self._dispatcher.cancel_request_id)
 
     def execute(self, requests: list) -> None:
@@ -95,23 +117,41 @@ class TritonPythonModel:
             responder = TritonResponder(request, self._writer)
             if self._is_stop(request):
                 self._stop(responder)
+                continue
+            try:
+                timeout = timeout_microseconds(request.timeout(), read_parameters(request.parameters()))
+            except ParameterError as error:
+                self._refuse(responder, RequestError(str(error)))
             else:
-                self._serve(self._tensors(request), responder)
+                self._serve(self._tensors(request), timeout, responder)
 
-    def _serve(self, tensors: Tensors, responder: Responder) -> None:
-        """Begin one request, from Triton or from the engine channel. Blocks while the engine is full; never raises."""
+    def _serve(self, tensors: Tensors, timeout: int, responder: Responder) -> None:
+        """Begin one request, from Triton or from the engine channel. Blocks while the engine is full; never raises.
+
+        `timeout` in microseconds, 0 for none.
+        """
         try:
-            self._dispatcher.submit(self._reader.read(tensors), responder)
+            self._dispatcher.submit(self._reader.read(tensors, timeout), responder)
         except RequestError as error:
-            responder.fail(error)
+            self._refuse(responder, error)
         except Exception:
             logging.exception("a request could not be read")
-            responder.fail(RuntimeError("the server failed on this request; its log has the reason"))
+            self._refuse(responder, RuntimeError("the server failed on this request; its log has the reason"))
+
+    def _refuse(self, responder: Responder, error: Exception) -> None:
+        self._measurements.invalid()
+        responder.fail(error)
+
+    def _gauges(self) -> dict:
+        return gauges(self._engine.stats(), self._dispatcher.num_in_flight, self._dispatcher.max_in_engine)
 
     def finalize(self) -> None:
-        self._engine_listener.close()
-        self._cancel_listener.close()
+        self._engine_listener.stop_accepting()
+        if not self._dispatcher.wait_until_idle(_DRAIN_SECONDS):
+            logging.warning("requests are still in flight after %g s; they fail now", _DRAIN_SECONDS)
         self._dispatcher.close()
+        self._engine_listener.close()
+        self._feedback.close()
         self._metrics.close()
         self._engine.shutdown()
         del self._metrics, self._dispatcher, self._engine
@@ -135,8 +175,7 @@ class TritonPythonModel:
         responder.finish()
 
 
-def _end_server(error: EngineError) -> None:
-    """An engine that failed does not come back by itself: end the server, so that its platform starts a new one."""
-    logging.critical("%s; ending the server", error)
-    # From a timer, so that the failed requests' responses are out before Triton stops.
-    threading.Timer(0.5, os.kill, (os.getppid(), signal.SIGTERM)).start()
+def _queue_limits(settings: dict) -> QueueLimits | None:
+    """None where nothing is asked for that Triton's own queue cannot do."""
+    limits = QueueLimits(max_size=settings["max_queue_size"], timeout_seconds=settings["queue_timeout_seconds"])
+    return limits if settings["priority_levels"] or limits != QueueLimits() else None

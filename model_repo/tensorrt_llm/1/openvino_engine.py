@@ -32,15 +32,10 @@ class OpenVinoEngine:
     """See `generation.Engine`. Raises EngineError when the engine cannot be loaded."""
 
     capabilities: frozenset[Capability] = frozenset({"beam_search", "log_probs", "min_tokens", "no_end_id"})
+    computes_on_cpu = True
 
     def __init__(self, folder: Path, manifest: EngineManifest):
-        self.limits = EngineLimits(
-            max_batch_size=manifest.limits["max_batch_size"],
-            max_input_len=manifest.limits["max_input_len"],
-            max_seq_len=manifest.limits["max_seq_len"],
-            max_beam_width=manifest.limits["max_beam_width"],
-            vocab_size=manifest.vocab_size,
-        )
+        self.limits = EngineLimits(**manifest.limits, vocab_size=manifest.vocab_size)
         self._lock = threading.Lock()  # for the next two
         self._deliveries: dict[int, Deliver] = {}
         self._error: EngineError | None = None
@@ -70,6 +65,9 @@ class OpenVinoEngine:
         with self._lock:
             if self._deliveries.pop(key, None) is not None:
                 self._outbox.put(("abort", key))
+
+    def pace(self, seconds: float) -> None:
+        self._outbox.put(("pace", seconds))
 
     def stats(self) -> EngineStats:
         return self._stats

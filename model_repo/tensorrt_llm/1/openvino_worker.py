@@ -3,16 +3,20 @@
 `ContinuousBatchingPipeline.step()` keeps Python's GIL while it computes (seen with 2026.4: another thread ran once in
 6 ms), so in the model's own process no response could be sent during a step. Here it has a process of its own.
 
-Messages are pickled tuples over a socket pair. In: ("submit", GenerationRequest), ("abort", key); end of file ends
-this process. Out: ("ready", EngineStats) once, then ("steps", [(key, Step or RequestError, is the last), ...],
-EngineStats) after each step that brought something, ("failed", sentence) when the pipeline cannot go on.
+Messages are pickled tuples over a socket pair. In: ("submit", GenerationRequest), ("abort", key), ("pace", seconds);
+end of file ends this process. Out: ("ready", EngineStats) once, then ("steps", [(key, Step or RequestError, is the
+last), ...], EngineStats) when there is something to say, ("failed", sentence) when the pipeline cannot go on.
+
+Whatever runs beside a step on the same cores slows it down by more than its own time, since the threads of a step wait
+for each other. So tokens are not handed over one by one where nobody waits for each: see `generation.Engine.pace`.
 """
 
 from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,6 +32,8 @@ from engine_manifest import EngineManifest, read_manifest
 from generation import EngineError, EngineStats, FinishReason, GenerationRequest, RequestError, Step
 
 TOKENS_PER_BLOCK = 32  # the CPU plugin's paged attention has no other block size
+_SECONDS_BETWEEN_READS = 0.2  # of a request that is not streamed; only statistics want its tokens earlier
+_SECONDS_BETWEEN_STATS = 0.1  # as often as they are exported
 _KV_CACHE_SHARE_OF_MEMORY = 0.5  # of what is free when the engine loads; the rest is for weights and activations
 
 _FINISH_REASONS: Mapping[openvino_genai.GenerationFinishReason, FinishReason] = {
@@ -56,6 +62,8 @@ def main(file_descriptor: int, folder: Path) -> None:
 class _Running:
     request: GenerationRequest
     handle: object  # dropping it drops the request
+    has_begun: bool = False  # its first token is out
+    next_read: float = 0.0  # monotonic seconds
 
 
 class Worker:
@@ -63,7 +71,9 @@ class Worker:
         self._connection = connection
         self._running: dict[int, _Running] = {}
         self._num_kv_blocks = _num_kv_blocks(manifest)
+        self._pace = 0.0
         self._last_stats: EngineStats | None = None
+        self._next_stats = 0.0
         max_batch_size = manifest.limits["max_batch_size"]
         scheduler = openvino_genai.SchedulerConfig()
         scheduler.num_kv_blocks = self._num_kv_blocks
@@ -93,12 +103,26 @@ class Worker:
             news = self._take_messages()
             if self._running:
                 self._pipeline.step()
+                now = time.monotonic()
                 for running in list(self._running.values()):
-                    news += self._news_of(running)
-            stats = self.stats()
-            if news or stats != self._last_stats:
-                self._connection.send(("steps", news, stats))
-                self._last_stats = stats
+                    if self._is_to_be_read(running, now):
+                        news += self._news_of(running, now)
+            if news or not self._running or time.monotonic() >= self._next_stats:
+                self._tell(news)
+
+    def _tell(self, news: list) -> None:
+        stats = self.stats()
+        if news or stats != self._last_stats:
+            self._connection.send(("steps", news, stats))
+        self._last_stats = stats
+        self._next_stats = time.monotonic() + _SECONDS_BETWEEN_STATS
+
+    def _is_to_be_read(self, running: _Running, now: float) -> bool:
+        if now >= running.next_read or running.request.is_watched:
+            return True
+        if not running.has_begun and running.handle.can_read():
+            return True
+        return running.handle.get_status() != openvino_genai.GenerationStatus.RUNNING
 
     def _take_messages(self) -> list[tuple[int, RequestError, bool]]:
         """All that have come; waits for one when there is nothing to compute. Returns what was refused."""
@@ -113,6 +137,8 @@ class Worker:
                     except RuntimeError as error:
                         sentence = f"OpenVINO GenAI refuses the request: {_last_line(error)}"
                         refused.append((request.key, RequestError(sentence), True))
+                case ("pace", seconds):
+                    self._pace = seconds
                 case ("abort", key):
                     if running := self._running.pop(key, None):
                         running.handle.cancel()
@@ -125,24 +151,21 @@ class Worker:
         handle = self._pipeline.add_request(request.key, ids, _generation_config(request))
         self._running[request.key] = _Running(request, handle)
 
-    def _news_of(self, running: _Running) -> list[tuple[int, Step | RequestError, bool]]:
+    def _news_of(self, running: _Running, now: float) -> list[tuple[int, Step | RequestError, bool]]:
         request, handle = running.request, running.handle
+        running.next_read = _next_multiple(self._pace if request.is_streamed else _SECONDS_BETWEEN_READS, now)
         if not handle.can_read():
             if handle.get_status() == openvino_genai.GenerationStatus.RUNNING:
                 return []
             del self._running[request.key]
             sentence = "the engine dropped the request, since its KV cache has no room for it; send a shorter one"
             return [(request.key, RequestError(sentence), True)]
-        outputs = list(handle.read().values())
-        if request.sampling.beam_width > 1:  # all beams come together, when all are done: best first
-            outputs.sort(key=lambda output: output.score, reverse=True)
-        if all(output.finish_reason != openvino_genai.GenerationFinishReason.NONE for output in outputs):
+        running.has_begun = True
+        steps = _read(request, handle)
+        is_over = all(step.finish_reason for step in steps)
+        if is_over:
             del self._running[request.key]
-        is_over = request.key not in self._running
-        last = len(outputs) - 1
-        return [
-            (request.key, _step(request, output, beam), is_over and beam == last) for beam, output in enumerate(outputs)
-        ]
+        return [(request.key, step, is_over and step is steps[-1]) for step in steps]
 
     def stats(self) -> EngineStats:
         metrics = self._pipeline.get_metrics()
@@ -150,15 +173,33 @@ class Worker:
         return EngineStats(
             num_active_requests=len(self._running),
             num_scheduled_requests=metrics.scheduled_requests if busy else 0,
+            num_context_requests=sum(not running.has_begun for running in self._running.values()),
             kv_blocks_max=self._num_kv_blocks,
             kv_blocks_used=round(metrics.cache_usage / 100 * self._num_kv_blocks) if busy else 0,
             kv_tokens_per_block=TOKENS_PER_BLOCK,
         )
 
 
-def _step(request: GenerationRequest, output: openvino_genai.GenerationOutput, beam: int) -> Step:
-    ids, log_probs = list(output.generated_ids), list(output.generated_log_probs)
-    finish_reason = _FINISH_REASONS[output.finish_reason]
+def _next_multiple(period: float, now: float) -> float:
+    """So that all requests of one pace are read together, and the rest of the machine is woken once for all."""
+    return now - now % period + period if period else now
+
+
+def _read(request: GenerationRequest, handle: object) -> list[Step]:
+    """Everything that can be read: a step for each beam, or one."""
+    if request.sampling.beam_width > 1:  # all beams come together, when all are done: best first
+        outputs = sorted(handle.read().values(), key=lambda output: output.score, reverse=True)
+        return [_step(request, [output], beam) for beam, output in enumerate(outputs)]
+    outputs = []
+    while handle.can_read():  # each has the token of one step of the pipeline
+        outputs += handle.read().values()
+    return [_step(request, outputs, 0)]
+
+
+def _step(request: GenerationRequest, outputs: Sequence[openvino_genai.GenerationOutput], beam: int) -> Step:
+    ids = [token_id for output in outputs for token_id in output.generated_ids]
+    log_probs = [log_prob for output in outputs for log_prob in output.generated_log_probs]
+    finish_reason = _FINISH_REASONS[outputs[-1].finish_reason]
     if finish_reason == "stop" and ids and ids[-1] in request.end_ids:
         ids.pop()
     return Step(ids, log_probs[: len(ids)] if request.log_probs else None, finish_reason, beam)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import secrets
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -34,6 +35,20 @@ _CLIENT_NAMES = {
     "min_length": "min_length (min_tokens)",
     "random_seed": "random_seed (seed)",
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One Triton request.
+
+    `arrival_ns` is Unix time; `timeout_seconds` counts from it. Of the priorities 1 is the highest.
+    """
+
+    prompts: Sequence[Prompt]
+    arrival_ns: int
+    from_ensemble: bool = False  # preprocessing was before, and postprocessing comes after
+    timeout_seconds: float | None = None
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,11 +81,12 @@ class RequestReader:
     tokenizer: Tokenizer
     end_ids: Sequence[int]
     exclude_input_in_output: bool = True
+    priority_levels: int = 0
     # From a random number on, so that a stale message hits nobody. Threads that read at the same time share it.
     _keys: Iterator[int] = field(default_factory=lambda: itertools.count(1 + secrets.randbits(48)))
 
-    def read(self, tensors: Tensors) -> list[Prompt]:
-        """All prompts of one request. Raises RequestError for the first thing that is wrong."""
+    def read(self, tensors: Tensors, timeout_microseconds: int = 0) -> Request:
+        """One request with all of its prompts. Raises RequestError for the first thing that is wrong."""
         input_ids = tensors.get("input_ids")
         if input_ids is None:
             raise RequestError(
@@ -78,7 +94,14 @@ class RequestReader:
             )
         if input_ids.ndim != 2 or not input_ids.shape[0]:
             raise RequestError(f"input_ids has shape {list(input_ids.shape)}; it must be [prompts, tokens]")
-        return [self._read_row(_Row(tensors, row)) for row in range(input_ids.shape[0])]
+        from_ensemble, arrival_ns = _arrival(tensors)
+        return Request(
+            prompts=[self._read_row(_Row(tensors, row)) for row in range(input_ids.shape[0])],
+            arrival_ns=arrival_ns or time.time_ns(),
+            from_ensemble=bool(from_ensemble),
+            timeout_seconds=timeout_microseconds / 1e6 if timeout_microseconds else None,
+            priority=min(self._priority(_Row(tensors, row)) for row in range(input_ids.shape[0])),
+        )
 
     def _read_row(self, row: _Row) -> Prompt:
         prompt_ids = self._prompt_ids(row)
@@ -98,6 +121,7 @@ class RequestReader:
         end_ids = self._end_ids(row)
         min_tokens = self._min_tokens(row, max_tokens)
         bad_words = self._bad_words(row)
+        stop_words = self._stop_words(row)
         beams = sampling.beam_width > 1
         generations = [
             GenerationRequest(
@@ -111,6 +135,8 @@ class RequestReader:
                 sampling=replace(sampling, seed=(sampling.seed + index) % 2**64),
                 num_beams_returned=num_sequences if beams else 1,
                 log_probs=log_probs,
+                is_streamed=streaming,
+                is_watched=bool(stop_words),
             )
             for index in range(1 if beams else num_sequences)
         ]
@@ -120,8 +146,17 @@ class RequestReader:
             streaming=streaming,
             echo=not row.flag("exclude_input_in_output", self.exclude_input_in_output),
             keep_special_tokens=not row.flag("skip_special_tokens", True),
-            stop_words=self._stop_words(row),
+            stop_words=stop_words,
         )
+
+    def _priority(self, row: _Row) -> int:
+        levels = self.priority_levels
+        priority = row.integer("priority", (levels + 1) // 2)  # in the middle
+        if row.has("priority") and not levels:
+            raise RequestError(f"priority is {priority}, but this server has no priority levels (--priority-levels)")
+        if levels and not 1 <= priority <= levels:
+            raise RequestError(f"priority is {priority}; it must be 1, the highest, to {levels} (--priority-levels)")
+        return priority
 
     def _need(self, capability: Capability, what: str) -> None:
         if capability not in self.capabilities:
@@ -336,6 +371,16 @@ class _Row:
             if not 0 <= token_id < vocab_size:
                 raise RequestError(f"{name} holds {token_id}; token ids of this model are 0 to {vocab_size - 1}")
         return words
+
+
+def _arrival(tensors: Tensors) -> tuple[int, int]:
+    """What preprocessing and infer say of a request, as prompt_tensors.py writes it; zeros where nobody says."""
+    array = tensors.get("ARRIVAL")
+    if array is None or not array.size:
+        return 0, 0
+    if array.shape[1:] != (2,):
+        raise RequestError(f"ARRIVAL has shape {list(array.shape)}; leave it out, it is for the model preprocessing")
+    return tuple(array[0].tolist())
 
 
 def _name(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton_python_backend_utils as pb_utils
 from chunks import CONSTANT_ARRAYS, Chunk, chunk_arrays
-from generation import EngineError, RequestCancelled, RequestError
+from generation import AdmissionRefused, EngineError, RequestCancelled, RequestError
 
 
 class ResponseWriter:
@@ -49,6 +49,8 @@ class TritonResponder:
 
 def _code(error: Exception) -> int:
     match error:
+        case AdmissionRefused():
+            return pb_utils.TritonError.UNAVAILABLE
         case RequestError():
             return pb_utils.TritonError.INVALID_ARG
         case EngineError():

@@ -54,6 +54,14 @@ class TextStream:
 
     def feed(self, ids: Sequence[int]) -> str:
         """Text that became certain with `ids`; "" while a character is incomplete."""
+        if len(ids) > 1 and self._decode(
+            list(ids[-1:])
+        ):  # an id without text, as special tokens are, would be held back
+            together = [*self._held, *ids]
+            text = self._text_of(together)
+            if text and _INCOMPLETE not in text:  # otherwise it matters at which id a character is given up
+                self._held = together[-self._length_of_last_character(together) :]
+                return self._show(len(self._held), text)
         return "".join(map(self._feed_one, ids))
 
     def flush(self) -> str:
@@ -87,6 +95,13 @@ class TextStream:
         if text.startswith(self._shown_text):
             return text[len(self._shown_text) :]
         return self._decode(ids)  # byte fallback: a bad byte undoes its whole run, also the part that is shown
+
+    def _length_of_last_character(self, ids: list[int]) -> int:
+        """How many ids, one by one, would have been held back together at the end of this whole text."""
+        for length in range(1, min(MAX_HELD_TOKENS, len(ids))):
+            if not self._decode(ids[-length - CONTEXT_TOKENS : -length]).endswith(_INCOMPLETE):
+                return length
+        return len(ids)
 
     def _whole_characters(self, ids: list[int]) -> tuple[int, int]:
         """Where the text of `ids` begins and ends with a whole character: the first slice that does."""

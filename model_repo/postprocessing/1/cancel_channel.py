@@ -1,1 +1,0 @@
-../../tensorrt_llm/1/cancel_channel.py
