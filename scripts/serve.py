@@ -61,7 +61,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__.splitlines()[0],
+        epilog="options after -- go to tritonserver as they are",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("repository", type=Path, metavar="REPOSITORY", help="folder that build/engines.py assembled")
     address = parser.add_argument_group("where it listens")
@@ -87,8 +89,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--benchmark", action="store_true", help="serve also a synthetic engine, whose answers are made up"
     )
     server.add_argument("-v", "--verbose", action="store_true", help="print the command before it runs")
-    parser.add_argument("options", nargs="*", metavar="-- OPTION", help="further tritonserver options, after --")
-    return parser.parse_args(argv)
+    # argparse finds no place for them behind an option, so they are taken off before.
+    ours, options = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    return parser.parse_args(ours, argparse.Namespace(options=options))
 
 
 def check_repository(path: Path) -> dict:

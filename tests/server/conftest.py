@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import engines
@@ -23,6 +23,37 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert code == 0
     return output
+
+
+BuildSynthetic = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def build_synthetic(tmp_path_factory: pytest.TempPathFactory) -> BuildSynthetic:
+    """Builds a repository with a synthetic engine: `rates` as in --synthetic, further options of build/engines.py."""
+
+    def build(rates: str, *options: str) -> Path:
+        output = tmp_path_factory.mktemp("synthetic") / "synthetic"
+        command = ["--model", str(CHECKPOINT), "--engine", "synthetic", "--synthetic", rates, "--output", str(output)]
+        assert engines.main([*command, "--served-name", "synthetic", *options]) == 0
+        return output
+
+    return build
+
+
+@pytest.fixture
+def start_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Starts a server of the test's own, to end as it likes: `start_server(repository, *options)`. It is ready."""
+    servers: list[Server] = []
+
+    def start(repository: Path, *options: str) -> Server:
+        servers.append(Server(repository, tmp_path / f"log{len(servers)}", options))
+        return servers[-1].wait_until_ready()
+
+    yield start
+    for server in servers:
+        server.stop()
+        print(f"---- the log of {server.repository} ----\n{server.log.read_text()[-4000:]}")
 
 
 @pytest.fixture(scope="session")

@@ -163,8 +163,12 @@ class Server:
             return {output["name"]: result.as_numpy(output["name"]) for output in result.get_response()["outputs"]}
 
     def infer_grpc(self, model: str | None = None, **values: Any) -> dict[str, np.ndarray]:
+        return self.infer_grpc_within(ANSWER_SECONDS, model, **values)
+
+    def infer_grpc_within(self, seconds: float, model: str | None = None, **values: Any) -> dict[str, np.ndarray]:
+        """The client goes after so many seconds."""
         with grpcclient.InferenceServerClient(f"127.0.0.1:{self.grpc_port}") as client:
-            result = client.infer(model or self.infer_name, tensors(grpcclient, values), client_timeout=ANSWER_SECONDS)
+            result = client.infer(model or self.infer_name, tensors(grpcclient, values), client_timeout=seconds)
             return {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
 
     def stream_grpc(

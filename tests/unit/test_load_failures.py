@@ -16,7 +16,11 @@ NOBODY = "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.
         ("UNAVAILABLE", "in ensemble 'gpt2', Request timeout expired", "refused"),
         ("INTERNAL", "Request timeout expired", "refused"),
         ("INTERNAL", "Internal error from Core", "unavailable"),
-        (None, "in ensemble 'gpt2', the server is busy: 9 requests wait, which is all that may; send it again", "refused"),
+        (
+            None,
+            "in ensemble 'gpt2', the server is busy: 9 requests wait, which is all that may; send it again",
+            "refused",
+        ),
         ("UNAVAILABLE", "the engine failed and must be restarted", "unavailable"),
         ("UNAVAILABLE", "the model is warming up", "refused"),
         ("RESOURCE_EXHAUSTED", "rate limit", "refused"),

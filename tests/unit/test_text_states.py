@@ -111,3 +111,17 @@ def test_a_stream_that_goes_on_outlives_those_that_do_not(byte_level: Tokenizer,
     for key in range(100):
         states.text_of(first(key), ids)
         assert states.text_of(later(-1), ids) == "a"
+
+
+def test_a_state_that_nobody_uses_any_more_is_dropped(byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+    now = 1000.0
+    monkeypatch.setattr(text_states.time, "monotonic", lambda: now)
+    states, ids = TextStates(byte_level), encode(byte_level, "a")
+    for key in range(5):
+        states.text_of(first(key), ids)
+    now += text_states.STALE_SECONDS - 1
+    states.text_of(later(3), ids)
+    now += 2
+    states.text_of(first(9), ids)
+    assert len(states) == 2
+    assert states.text_of(later(3), ids) == "a"

@@ -21,6 +21,7 @@ from generation import AdmissionRefused, EngineError, RequestCancelled, RequestE
 from prompt_encoding import CLIENT_INPUTS, PromptEncoder, PromptError
 from prompt_tensors import arrival_tensor, encode_prompts
 from request_parameters import ParameterError, read_parameters, refuse_unknown_parameters, timeout_microseconds
+from server_ending import end_with_server
 from text_decoding import load_tokenizer
 from text_states import TextStates
 
@@ -64,6 +65,7 @@ ENGINE_NAMES = {
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="infer: %(message)s")
+        end_with_server()
         model_folder = Path(args["model_repository"])
         settings = json.loads((model_folder / args["model_version"] / "settings.json").read_text())
         engine_folder = model_folder.parent / "tensorrt_llm" / "1" / "engine"

@@ -17,6 +17,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from chunk_header import ChunkHeader
 from feedback_channel import FeedbackSender
+from server_ending import end_with_server
 from text_decoding import load_tokenizer
 from text_states import TextStates
 from whole_sequences import SequenceError, decode_sequences
@@ -25,6 +26,7 @@ from whole_sequences import SequenceError, decode_sequences
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="postprocessing: %(message)s")
+        end_with_server()
         engine_folder = Path(args["model_repository"]).parent / "tensorrt_llm" / "1" / "engine"
         self._tokenizer = load_tokenizer(engine_folder)
         self._vocab_size = json.loads((engine_folder / "engine.json").read_text())["vocab_size"]

@@ -12,6 +12,7 @@ import triton_python_backend_utils as pb_utils
 from prompt_encoding import CLIENT_INPUTS, PromptEncoder, PromptError
 from prompt_tensors import arrival_tensor, encode_prompts
 from request_parameters import ParameterError, read_parameters, refuse_unknown_parameters, timeout_microseconds
+from server_ending import end_with_server
 
 # This model's tensor names, which are NVIDIA's, and those of the client and of tensorrt_llm.
 _INPUTS = {
@@ -34,6 +35,7 @@ _OUTPUTS = {
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="preprocessing: %(message)s")
+        end_with_server()
         model_folder = Path(args["model_repository"])
         settings = json.loads((model_folder / args["model_version"] / "settings.json").read_text())
         engine_folder = model_folder.parent / "tensorrt_llm" / "1" / "engine"

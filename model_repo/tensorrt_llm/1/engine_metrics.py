@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 import time
@@ -41,10 +42,16 @@ class EngineMetrics:
         self._thread.start()
 
     def close(self) -> None:
+        """The metrics stay, at their last values, with their families.
+
+        During a reload the next `tensorrt_llm` has the same ones already, and in tritonserver 2.51 deleting a metric
+        that two models have leaves the other one with a dangling pointer: /metrics and every request hang then.
+        """
         self._stopping.set()
         self._thread.join()
-        self._metrics.clear()  # before their families
-        self._families.clear()
+        self._update()
+        for each in (*self._metrics.values(), *self._families.values()):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))  # so that their destructors never run
 
     def _make_metric(self, family: Family, value: str, labels: Mapping[str, str]):
         all_labels = {**labels, family.label: value} if family.label else dict(labels)

@@ -27,7 +27,7 @@ from pacing import affordable_responses_per_second
 from request_parameters import ParameterError, read_parameters, timeout_microseconds
 from request_reading import RequestReader, Tensors
 from response_writing import ResponseWriter, TritonResponder
-from server_ending import end_server
+from server_ending import end_server, end_with_server
 from text_decoding import load_tokenizer
 from waiting_room import QueueLimits
 
@@ -70,6 +70,7 @@ _DRAIN_SECONDS = 30.0
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="tensorrt_llm: %(message)s")
+        end_with_server()
         version_folder = Path(args["model_repository"]) / args["model_version"]
         settings = json.loads((version_folder / "settings.json").read_text())
         engine_folder = version_folder / "engine"

@@ -13,6 +13,7 @@ for each other. So tokens are not handed over one by one where nobody waits for 
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import sys
 import time
@@ -32,6 +33,7 @@ from engine_manifest import EngineManifest, read_manifest
 from generation import EngineError, EngineStats, FinishReason, GenerationRequest, RequestError, Step
 
 TOKENS_PER_BLOCK = 32  # the CPU plugin's paged attention has no other block size
+_PR_SET_PDEATHSIG = 1
 _SECONDS_BETWEEN_READS = 0.2  # of a request that is not streamed; only statistics want its tokens earlier
 _SECONDS_BETWEEN_STATS = 0.1  # as often as they are exported
 _KV_CACHE_SHARE_OF_MEMORY = 0.5  # of what is free when the engine loads; the rest is for weights and activations
@@ -44,6 +46,8 @@ _FINISH_REASONS: Mapping[openvino_genai.GenerationFinishReason, FinishReason] = 
 
 
 def main(file_descriptor: int, folder: Path) -> None:
+    # Should this process hang, or be stopped, the kernel ends it with its model's.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # Signals are for the server; this process ends when its socket does, so that requests can finish first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
