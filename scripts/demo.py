@@ -9,21 +9,18 @@ from __future__ import annotations
 import argparse
 import json
 import queue
-import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import numpy as np
 import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
-from free_ports import free_ports
+from local_server import LocalServer, LocalServerError
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "scripts/demo_checkpoint/demo-gpt2"
-READY_SECONDS = 60
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,16 +29,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stream", default="Tell me a story about a fox.", help="the question answered as a stream")
     arguments = parser.parse_args(argv)
     report = build()
-    http_port, grpc_port, metrics_port = free_ports(3)
-    log = Path(report["repository"]).with_suffix(".log")
-    server = start(report["repository"], http_port, grpc_port, metrics_port, log)
+    repository = Path(report["repository"])
+    log = repository.with_suffix(".log")
+    started = time.monotonic()
+    server = LocalServer(repository, log)
+    print("\n$", shown(server.command), flush=True)
     try:
-        wait_until_ready(server, http_port, log)
-        ask(f"127.0.0.1:{http_port}", report["infer_name"], arguments.infer)
-        stream(f"127.0.0.1:{grpc_port}", report["served_name"], arguments.stream)
+        server.wait_until_ready()
+        print(f"ready after {time.monotonic() - started:.1f} s")
+        ask(f"127.0.0.1:{server.http_port}", server.infer_name, arguments.infer)
+        stream(f"127.0.0.1:{server.grpc_port}", server.name, arguments.stream)
+    except LocalServerError as error:
+        sys.exit(f"demo: {error}")
     finally:
-        server.send_signal(signal.SIGTERM)
-        print(f"\nserver stopped, exit code {server.wait(timeout=60)}; its log is {log.relative_to(ROOT)}")
+        print(f"\nserver stopped, exit code {server.stop()}; its log is {log.relative_to(ROOT)}")
     return 0
 
 
@@ -49,33 +50,15 @@ def build() -> dict:
     """The report of `build/engines.py --verify --json`; its progress lines are shown as they come."""
     command = [sys.executable, str(ROOT / "build/engines.py"), "--model", str(CHECKPOINT), "--engine", "openvino"]
     command += ["--verify", "--json", "--output", str(ROOT / "out/demo-gpt2")]
-    print("$", " ".join(command[1:]).replace(f"{ROOT}/", ""), flush=True)
+    print("$", shown(command), flush=True)
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if result.returncode:
         sys.exit(result.returncode)
     return json.loads(result.stdout)
 
 
-def start(repository: str, http_port: int, grpc_port: int, metrics_port: int, log: Path) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "scripts/serve.py"), repository]
-    command += ["--http-port", str(http_port), "--grpc-port", str(grpc_port), "--metrics-port", str(metrics_port)]
-    print("\n$", " ".join(command[1:]).replace(f"{ROOT}/", ""), flush=True)
-    with log.open("w") as output:
-        return subprocess.Popen(command, stdout=output, stderr=output)
-
-
-def wait_until_ready(server: subprocess.Popen, http_port: int, log: Path) -> None:
-    started = time.monotonic()
-    while time.monotonic() - started < READY_SECONDS:
-        if server.poll() is not None:
-            sys.exit(f"the server ended with {server.returncode}; its log says:\n{log.read_text()[-2000:]}")
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{http_port}/v2/health/ready", timeout=1).close()
-            print(f"ready after {time.monotonic() - started:.1f} s")
-            return
-        except OSError:
-            time.sleep(0.1)
-    sys.exit(f"the server is not ready after {READY_SECONDS} s; its log is {log}")
+def shown(command: list[str]) -> str:
+    return " ".join(command[1:]).replace(f"{ROOT}/", "")
 
 
 def inputs_for(client, question: str, *, streaming: bool) -> list:

@@ -5,14 +5,9 @@ from __future__ import annotations
 import json
 import os
 import queue
-import signal
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +15,10 @@ import numpy as np
 import psutil
 import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
-from free_ports import free_ports
+from local_server import LocalServer
 from tritonclient.utils import np_to_triton_dtype
 
 ROOT = Path(__file__).resolve().parents[2]
-READY_SECONDS = 90
 ANSWER_SECONDS = 60
 
 # numpy dtype and Triton datatype of every input that a client can send.
@@ -65,49 +59,12 @@ class ServerError(Exception):
         self.status = status
 
 
-@dataclass
-class Server:
-    """One running server, `stop()` ends it. Ports are free ones on 127.0.0.1."""
-
-    repository: Path
-    log: Path
-    options: tuple[str, ...] = ()
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        record = json.loads((self.repository / "repository.json").read_text())
-        self.name, self.infer_name = record["served_name"], record["infer_name"]
-        self.http_port, self.grpc_port, self.metrics_port = free_ports(3)
-        command = [sys.executable, str(ROOT / "scripts/serve.py"), str(self.repository)]
-        command += [f"--http-port={self.http_port}", f"--grpc-port={self.grpc_port}"]
-        command += [f"--metrics-port={self.metrics_port}"]
-        command += ["--benchmark"] * (record["engine"] == "synthetic")
-        command += self.options
-        with self.log.open("w") as output:
-            self.process = subprocess.Popen(
-                command, stdout=output, stderr=output, env={**os.environ, **self.environment}, start_new_session=True
-            )
-
-    def wait_until_ready(self) -> Server:
-        deadline = time.monotonic() + READY_SECONDS
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                raise AssertionError(
-                    f"the server ended with {self.process.returncode}:\n{self.log.read_text()[-6000:]}"
-                )
-            try:
-                self.get("/v2/health/ready")
-                return self
-            except (ServerError, OSError):
-                time.sleep(0.05)
-        raise AssertionError(f"the server is not ready after {READY_SECONDS} s:\n{self.log.read_text()[-6000:]}")
+class Server(LocalServer):
+    """One running server, with short ways to ask it."""
 
     def stop(self) -> int:
-        """SIGTERM; the exit code."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
         try:
-            return self.process.wait(timeout=60)
+            return super().stop()
         finally:
             self._kill_what_is_left()
 
@@ -137,7 +94,8 @@ class Server:
 
     def generate_stream(self, model: str | None = None, **body: Any) -> list[dict[str, Any]]:
         text = self._http(self._post(f"/v2/models/{model or self.name}/generate_stream", body))
-        return [json.loads(line.removeprefix("data:")) for line in text.splitlines() if line.startswith("data:")]
+        # By "\n" alone: a text may hold other characters that Python takes for the end of a line.
+        return [json.loads(line.removeprefix("data:")) for line in text.split("\n") if line.startswith("data:")]
 
     def _post(self, path: str, body: Any) -> urllib.request.Request:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()

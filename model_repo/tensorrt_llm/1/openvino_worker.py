@@ -70,36 +70,42 @@ class _Running:
     next_read: float = 0.0  # monotonic seconds
 
 
+def load_pipeline(
+    folder: Path, manifest: EngineManifest, num_kv_blocks: int
+) -> openvino_genai.ContinuousBatchingPipeline:
+    """As it is served, and warm."""
+    max_batch_size = manifest.limits["max_batch_size"]
+    scheduler = openvino_genai.SchedulerConfig()
+    scheduler.num_kv_blocks = num_kv_blocks
+    scheduler.max_num_seqs = max_batch_size
+    scheduler.max_num_batched_tokens = max(256, max_batch_size)
+    scheduler.dynamic_split_fuse = True
+    scheduler.enable_prefix_caching = True
+    pipeline = openvino_genai.ContinuousBatchingPipeline(str(folder), scheduler, "CPU", _precision(manifest.dtype))
+    _warm_up(pipeline)
+    return pipeline
+
+
+def _warm_up(pipeline: openvino_genai.ContinuousBatchingPipeline) -> None:
+    """The CPU plugin finishes compiling in its first steps; no client should wait for that (seen: a second)."""
+    config = openvino_genai.GenerationConfig()
+    config.max_new_tokens = 2
+    config.ignore_eos = True
+    handle = pipeline.add_request(0, openvino.Tensor(np.zeros((1, 1), np.int64)), config)
+    while pipeline.has_non_finished_requests():
+        pipeline.step()
+    handle.read_all()
+
+
 class Worker:
     def __init__(self, connection: Connection, folder: Path, manifest: EngineManifest):
         self._connection = connection
         self._running: dict[int, _Running] = {}
-        self._num_kv_blocks = _num_kv_blocks(manifest)
         self._pace = 0.0
         self._last_stats: EngineStats | None = None
         self._next_stats = 0.0
-        max_batch_size = manifest.limits["max_batch_size"]
-        scheduler = openvino_genai.SchedulerConfig()
-        scheduler.num_kv_blocks = self._num_kv_blocks
-        scheduler.max_num_seqs = max_batch_size
-        scheduler.max_num_batched_tokens = max(256, max_batch_size)
-        scheduler.dynamic_split_fuse = True
-        scheduler.enable_prefix_caching = True
-        self._pipeline = openvino_genai.ContinuousBatchingPipeline(
-            str(folder), scheduler, "CPU", _precision(manifest.dtype)
-        )
-
-        self._warm_up()
-
-    def _warm_up(self) -> None:
-        """The CPU plugin finishes compiling in its first steps; no client should wait for that (seen: a second)."""
-        config = openvino_genai.GenerationConfig()
-        config.max_new_tokens = 2
-        config.ignore_eos = True
-        handle = self._pipeline.add_request(0, openvino.Tensor(np.zeros((1, 1), np.int64)), config)
-        while self._pipeline.has_non_finished_requests():
-            self._pipeline.step()
-        handle.read_all()
+        self._num_kv_blocks = num_kv_blocks(manifest)
+        self._pipeline = load_pipeline(folder, manifest, self._num_kv_blocks)
 
     def run(self) -> None:
         """Until the socket ends."""
@@ -244,8 +250,11 @@ def _precision(dtype: str) -> dict[str, str]:
     return {}
 
 
-def _num_kv_blocks(manifest: EngineManifest) -> int:
-    """Enough for every slot at its longest, unless that is more than this machine can spare."""
+def num_kv_blocks(manifest: EngineManifest) -> int:
+    """Enough for every slot at its longest, unless that is more than this machine can spare.
+
+    Raises EngineError when it has too little memory for one.
+    """
     bytes_per_block = manifest.kv_bytes_per_token * TOKENS_PER_BLOCK
     max_seq_len = manifest.limits["max_seq_len"]
     blocks_per_sequence = -(-max_seq_len // TOKENS_PER_BLOCK) + 1

@@ -1,0 +1,63 @@
+"""Repositories to be measured, built as a user builds them, and their servers with the CPU time they use."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from local_server import LocalServer
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO_CHECKPOINT = ROOT / "scripts/demo_checkpoint/demo-gpt2"
+
+
+class BenchmarkError(Exception):
+    """A benchmark cannot be run: one sentence."""
+
+
+def build(folder: Path, name: str, model: Path, *options: str) -> Path:
+    """`build/engines.py` into `folder`/`name`. Raises BenchmarkError."""
+    output = folder / name
+    command = [sys.executable, str(ROOT / "build/engines.py"), "--model", str(model), "--served-name", name]
+    command += ["--output", str(output), *options]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise BenchmarkError(f"{' '.join(command[1:])} failed:\n{result.stderr}")
+    return output
+
+
+def build_synthetic(folder: Path, name: str, rates: str, *options: str) -> Path:
+    return build(folder, name, DEMO_CHECKPOINT, "--engine", "synthetic", "--synthetic", rates, *options)
+
+
+@contextmanager
+def served(repository: Path, options: Sequence[str] = ()) -> Iterator[LocalServer]:
+    server = LocalServer(repository, repository.with_suffix(".log"), options)
+    try:
+        yield server.wait_until_ready()
+    finally:
+        server.stop()
+
+
+class CpuSeconds:
+    """CPU time of a server's processes, by model. They must not change meanwhile."""
+
+    def __init__(self, server: LocalServer):
+        self._processes: dict[str, psutil.Process] = {}
+        for process in psutil.Process(server.process.pid).children(recursive=True):
+            arguments = [Path(argument) for argument in process.cmdline()]
+            models = [path.parts[-3] for path in arguments if path.name == "model.py"]
+            scripts = [path.name for path in arguments if path.suffix == ".py"]
+            name = (models or scripts or [process.name()])[0]
+            self._processes[name] = process
+
+    def read(self) -> dict[str, float]:
+        times = {name: process.cpu_times() for name, process in self._processes.items()}
+        return {name: time.user + time.system for name, time in times.items()}
+
+    def total(self) -> float:
+        return sum(self.read().values())
