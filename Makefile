@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 IN_VENV := $(VENV)/bin/python
 
-.PHONY: help install demo serve test lint format clean
+.PHONY: help install demo serve load test bench fuzz soak lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -27,8 +27,20 @@ serve: install ## build and serve a model: make serve MODEL=gpt2
 	$(IN_VENV) build/engines.py --model $(MODEL) --served-name $(NAME) --output out/$(NAME)
 	exec $(IN_VENV) scripts/serve.py out/$(NAME)
 
+load: install ## put a load on a running server: make load ARGS="--concurrency 8 --duration 30s"
+	$(IN_VENV) clients/load.py $(ARGS)
+
 test: install ## the whole test suite
 	$(IN_VENV) -m pytest
+
+bench: install ## measure this machine, 10 minutes: table, JSON and picture in out/bench
+	$(IN_VENV) scripts/bench.py $(ARGS)
+
+fuzz: install ## 12,000 odd requests to a real server
+	FUZZ_EXAMPLES=12000 $(IN_VENV) -m pytest tests/server/test_fuzz.py
+
+soak: install ## 20,000 requests, twice; memory and slots before and after
+	SOAK_REQUESTS=20000 $(IN_VENV) -m pytest -s tests/server/test_soak.py
 
 lint: install ## check code style
 	$(IN_VENV) -m ruff check .

@@ -66,13 +66,16 @@ class RequestFailure(Exception):
         self.message = message
 
 
-def request_failure(status: str | None, message: str | None) -> RequestFailure:
+def request_failure(status: str | None, message: str | None, *, is_overdue: bool = False) -> RequestFailure:
     """`status` is gRPC's name, as 'UNAVAILABLE', or None where Triton gives only a sentence."""
     message = message or f"no message, status {status}"
-    return RequestFailure(kind_of(status, message), message)
+    return RequestFailure(kind_of(status, message, is_overdue=is_overdue), message)
 
 
-def kind_of(status: str | None, message: str) -> ErrorKind:
+def kind_of(status: str | None, message: str, *, is_overdue: bool = False) -> ErrorKind:
+    """`is_overdue`: the request's own time was over when it failed."""
+    if is_overdue and message == _BROKEN_CONNECTION:
+        return "timeout"  # grpc.aio, when the deadline passes while it sends the request
     if _QUEUE.search(message):
         return "refused"
     if status == "INTERNAL" and message == _BROKEN_CONNECTION:

@@ -120,6 +120,7 @@ class TritonService:
 
     async def answer(self, question: Question, timeout_seconds: float | None) -> AsyncGenerator[tuple[int, bool]]:
         """(tokens, is the last) of each response, as it arrives. Raises RequestFailure. Closing it cancels."""
+        due = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         async with await self._connection() as client:
             ask = self._stream if self._target.streams else self._infer
             try:
@@ -127,11 +128,11 @@ class TritonService:
                     async for response in responses:
                         yield response
             except grpc.aio.AioRpcError as error:
-                raise request_failure(error.code().name, error.details()) from None
+                raise request_failure(error.code().name, error.details(), is_overdue=is_past(due)) from None
             except InferenceServerException as error:
                 status = error.status()
                 name = None if status is None else str(status).removeprefix("StatusCode.")
-                raise request_failure(name, error.message()) from None
+                raise request_failure(name, error.message(), is_overdue=is_past(due)) from None
 
     async def _stream(
         self, client: InferenceServerClient, question: Question, timeout_seconds: float | None
@@ -201,6 +202,11 @@ class TritonService:
             f"no answer from {self._target.url} by gRPC ({reason}); start a server with: python scripts/serve.py "
             "REPOSITORY, give its gRPC port (8001, not HTTP's 8000) with --url HOST:PORT, or let this wait with --wait"
         )
+
+
+def is_past(due: float | None) -> bool:
+    """`due` is a time.monotonic(), or None for never."""
+    return due is not None and time.monotonic() >= due
 
 
 def choose_model(ready: Sequence[str], wanted: str | None, *, streams: bool) -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 from supervisor import Feedback, Supervisor, num_in_flight
 
 NGC_TRITONSERVER = Path("/opt/tritonserver/bin/tritonserver")
-TRITON_EXIT_SECONDS = 3  # when the supervisor ends it, nothing is in flight
+TRITON_EXIT_SECONDS = 8  # when the supervisor ends it, nothing is in flight, and its models take two to four
 # Triton starts a model's process through a shell with the path unquoted, waits for it for ever, and reads it as ASCII.
 NOT_IN_PATHS = re.compile(r"[^\w/.,:=+@%~#-]", re.ASCII)
 
@@ -252,9 +252,12 @@ def feedback_sender(repository: Path) -> Feedback:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return module.FeedbackSender()
+        sender = module.FeedbackSender()
     except (OSError, AttributeError) as error:
         raise ServeError(f"{path} is damaged ({error}); assemble the repository again") from error
+    if not isinstance(sender, Feedback):
+        raise ServeError(f"{repository} was assembled by another version of this project; assemble it again")
+    return sender
 
 
 def _is_ready(url: str) -> bool:

@@ -12,6 +12,7 @@ the server, which is then another process, can be killed from inside (process 1 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -22,7 +23,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 _TICK_SECONDS = 0.2
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
@@ -30,6 +31,7 @@ _PR_SET_PDEATHSIG = 1
 
 # The server's gauges are 0.1 s old at most, and a request may be on its way from one model to the next.
 _IDLE_SECONDS = 0.5
+_MODELS_END_SECONDS = 2.5  # after their server, whose end they look for every half a second
 _ZOMBIE_SECONDS = 0.5  # tritonserver collects a model's process that has ended in an orderly way sooner
 
 MODEL_DIED_EXIT_CODE = 70
@@ -39,6 +41,7 @@ _ON_EVERY_PATH = ("tensorrt_llm", "postprocessing")
 _UNKNOWN = "?"
 
 
+@runtime_checkable
 class Feedback(Protocol):
     """The repository's own `feedback_channel.FeedbackSender`."""
 
@@ -58,7 +61,7 @@ class Supervisor:
         num_in_flight: Callable[[], int | None],
         drain_seconds: float,
         ready_line: str,
-        end_seconds: float = 10.0,  # with nothing in flight tritonserver takes about two
+        end_seconds: float = 15.0,  # with nothing in flight tritonserver takes two to four
     ):
         self._feedback, self._is_ready, self._num_in_flight = feedback, is_ready, num_in_flight
         self._drain_seconds, self._ready_line, self._end_seconds = drain_seconds, ready_line, end_seconds
@@ -84,6 +87,7 @@ class Supervisor:
             self._take_signal()
             _collect_orphans(self._server.pid)
             if (code := self._server.poll()) is not None:
+                self._end_models()
                 return self._exit_code if self._exit_code is not None else code if code >= 0 else 128 - code
             now = time.monotonic()
             self._announce()
@@ -168,8 +172,25 @@ class Supervisor:
             self._end_server()
 
     def _end_server(self) -> None:
+        if self._exit_code == MODEL_DIED_EXIT_CODE:
+            self._server.kill()  # at SIGTERM it would wait for the dead model
+            return
         self._kill_at = time.monotonic() + self._end_seconds
         self._server.terminate()
+
+    def _end_models(self) -> None:
+        """Those that the server has left behind. They end by themselves, but not one that waits for the server to take
+        its response: the stub of 2.51 may then hold Python's GIL, so that server_ending.py's watch cannot run either.
+        """
+        end = time.monotonic() + _MODELS_END_SECONDS
+        while left := [pid for pid in self._models if _state(pid) not in (None, "Z")]:
+            if time.monotonic() >= end:
+                for pid in left:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                return
+            time.sleep(0.05)
+            _collect_orphans(self._server.pid)
 
     def _tell(self, say: Callable[[int], None]) -> None:
         for pid, model in self._models.items():

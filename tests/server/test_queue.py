@@ -72,6 +72,7 @@ def test_requests_beyond_the_slots_wait_where_triton_counts_them(
     number = 24
     queued_before = unlimited.metric("nv_inference_queue_duration_us", model=model)
     samples = []
+    started = time.monotonic()
     with ThreadPoolExecutor(number) as pool:
         futures = [pool.submit(ask, unlimited) for _ in range(number)]
         while not all(future.done() for future in futures):
@@ -79,14 +80,17 @@ def test_requests_beyond_the_slots_wait_where_triton_counts_them(
             time.sleep(0.05)
         for future in futures:
             future.result()
+    seconds = time.monotonic() - started
     in_queue, active, scheduled = zip(*samples, strict=True)
     # One more than the engine has is on its way into it: it has left Triton's queue, which gets no further before.
     assert max(active) == IN_ENGINE + 1
     assert max(scheduled) == SLOTS
     assert max(in_queue) >= number - IN_ENGINE - 1 - 4  # clients start one after the other
-    # Triton hands over the next one as soon as there is room, also when none comes: the engine is never starved.
+    # Triton hands over the next one as soon as there is room, also when none comes: the engine is never starved. With a
+    # queue policy it would do so after up to half a second, and this take several times as long.
+    assert seconds < 1.5 * number / SLOTS * 0.5
     busy = [each == SLOTS for waits, each in zip(in_queue, scheduled, strict=True) if waits]
-    assert sum(busy) >= 0.8 * len(busy)  # the gauges are 0.1 s old, and all four end together every half second
+    assert sum(busy) >= 0.5 * len(busy)  # the gauges are 0.1 s old, and all four end together every half second
     assert waiting(unlimited, model) == 0
     assert unlimited.metric("nv_inference_queue_duration_us", model=model) - queued_before > 1_000_000
 
@@ -113,7 +117,7 @@ def test_when_too_many_wait_every_client_gets_a_sentence_and_may_come_again(limi
     refused_before = limited.metric("triton_trtllm_admission_refusals_total", reason="queue_full")
     with ThreadPoolExecutor(IN_ENGINE + 6) as pool:
         futures = fill(limited, pool, IN_ENGINE + 6)
-        assert requests(limited, "waiting") == IN_ENGINE + 6 - SLOTS
+        wait_for(lambda: requests(limited, "waiting") == IN_ENGINE + 6 - SLOTS)
         with pytest.raises(ServerError, match=FULL) as caught:
             limited.generate(**BODY)
         assert caught.value.status == 400  # Triton's, for every error of an ensemble

@@ -115,6 +115,16 @@ def test_a_folder_that_is_no_repository_is_named(tmp_path: Path):
     assert "has no repository.json" in result.stderr
 
 
+def test_a_repository_of_another_version_is_refused(repository: Path, tmp_path: Path):
+    older = tmp_path / "older"
+    shutil.copytree(repository, older)
+    feedback = older / "tensorrt_llm/1/feedback_channel.py"
+    feedback.write_text(feedback.read_text().replace("def drain(", "def finish("))
+    result = run(str(older))
+    assert result.returncode == 2
+    assert "was assembled by another version of this project; assemble it again" in result.stderr
+
+
 def test_a_path_with_a_space_is_refused_since_triton_would_hang(repository: Path, tmp_path: Path):
     spaced = tmp_path / "else where"
     shutil.copytree(repository, spaced)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-from chunk_header import ChunkHeader
+import pytest
+from chunk_header import ChunkHeader, ChunkHeaderError, read_headers
 
 HEADERS = [
     ChunkHeader(
@@ -33,7 +34,13 @@ def test_rows_survive_the_tensor():
     rows = [header.to_row() for header in HEADERS if header.is_first]
     tensor = np.array([rows], np.int64)
     assert tensor.shape == (1, len(rows), 5 + 3)
-    assert [ChunkHeader.from_row(row) for row in tensor[0].tolist()] == [h for h in HEADERS if h.is_first]
+    assert read_headers(tensor) == [header for header in HEADERS if header.is_first]
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (1, 1), (1, 0, 5), (2, 1, 5), (1, 1, 4), (1, 1, 1, 5)])
+def test_what_is_no_header_is_refused(shape: tuple[int, ...]):
+    with pytest.raises(ChunkHeaderError, match="CHUNK_HEADER has shape"):
+        read_headers(np.zeros(shape, np.int64))
 
 
 def test_a_row_is_as_long_as_its_context():

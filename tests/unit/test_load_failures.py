@@ -48,3 +48,9 @@ NOBODY = "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.
 )
 def test_the_kind_follows_from_status_and_message(status: str | None, message: str, kind: str):
     assert kind_of(status, message) == kind
+
+
+def test_a_connection_that_broke_at_the_deadline_is_a_timeout():
+    broken = "Internal error from Core"
+    assert kind_of("INTERNAL", broken, is_overdue=True) == "timeout"
+    assert kind_of("UNAVAILABLE", "failed to connect to all addresses", is_overdue=True) == "unavailable"

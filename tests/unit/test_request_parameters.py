@@ -38,9 +38,30 @@ def test_an_input_that_came_as_a_parameter_is_refused():
         refuse_unknown_parameters(["top_k"], CLIENT_INPUTS)
 
 
+class Request:
+    """Triton's, as far as it is needed; text that is not UTF-8 is an error of pybind11."""
+
+    def __init__(self, parameters: bytes = b"", request_id: bytes = b""):
+        self._parameters, self._request_id = parameters, request_id
+
+    def parameters(self) -> str:
+        return self._parameters.decode()
+
+    def request_id(self) -> str:
+        return self._request_id.decode()
+
+
 def test_without_parameters_there_are_none():
-    assert read_parameters("") == {}
-    assert read_parameters('{"id": "a", "timeout": 5}') == {"id": "a", "timeout": 5}
+    assert read_parameters(Request()) == {}
+    assert read_parameters(Request(b'{"id": "a", "timeout": 5}')) == {"id": "a", "timeout": 5}
+
+
+@pytest.mark.parametrize(
+    "request_", [Request(parameters=b'{"\xff": 1}'), Request(request_id=b"\xff")], ids=["parameter", "id"]
+)
+def test_what_is_not_utf_8_is_refused(request_: Request):
+    with pytest.raises(ParameterError, match="id or one of its parameters is not UTF-8"):
+        read_parameters(request_)
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,13 @@ def test_a_server_that_is_killed_ends_with_128_and_the_signal(start: Callable[..
     assert server.process.wait(SECONDS) == 128 + signal.SIGKILL
 
 
+def test_a_server_that_is_killed_leaves_no_models_behind(start: Callable[..., Supervised]):
+    server = start()
+    os.kill(server.server, signal.SIGKILL)
+    server.process.wait(SECONDS)
+    wait_for(lambda: {supervisor._state(pid) for pid in server.models.values()} <= {None, "Z"})
+
+
 def test_the_server_ends_with_its_supervisor(start: Callable[..., Supervised]):
     server = start()
     server.process.kill()

@@ -83,7 +83,7 @@ class TritonPythonModel:
             answer = _Answer(request, self._texts)
             arrival_ns = time.time_ns()
             try:
-                parameters = read_parameters(request.parameters())
+                parameters = read_parameters(request)
                 refuse_unknown_parameters(parameters, CLIENT_INPUTS)
                 timeout = timeout_microseconds(request.timeout(), parameters)
                 tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}

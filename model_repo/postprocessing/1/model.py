@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from chunk_header import ChunkHeader
+from chunk_header import ChunkHeader, ChunkHeaderError, read_headers
 from feedback_channel import FeedbackSender
 from server_ending import end_with_server
 from text_decoding import load_tokenizer
@@ -47,7 +47,7 @@ class TritonPythonModel:
         """One response of `tensorrt_llm`: header [1, sequences, 5 or more], a row of tokens for each."""
         headers = []
         try:
-            headers = [ChunkHeader.from_row(row) for row in header[0].tolist()]
+            headers = read_headers(header)
             if request.is_cancelled():
                 # Nobody reads this text, but it must not be an error: while tensorrt_llm still works for the same
                 # request, that makes Triton before 26.03 count it as in flight for ever, and wait for it at shutdown.
@@ -58,6 +58,8 @@ class TritonPythonModel:
                 if headers[0].number:
                     self._feedback.done(headers[0].listener_pid, headers[0].number)
             return _answer([text.encode() for text in texts])
+        except ChunkHeaderError as error:
+            return _failed(str(error), pb_utils.TritonError.INVALID_ARG)
         except Exception:
             logging.exception("a chunk could not be decoded")
             self._cancel_all(headers)

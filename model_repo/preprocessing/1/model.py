@@ -47,7 +47,7 @@ class TritonPythonModel:
     def _respond(self, request) -> pb_utils.InferenceResponse:
         arrival_ns = time.time_ns()
         try:
-            parameters = read_parameters(request.parameters())
+            parameters = read_parameters(request)
             refuse_unknown_parameters(parameters, CLIENT_INPUTS)
             timeout_microseconds(request.timeout(), parameters)  # tensorrt_llm honours it; here it is only checked
             tensors = {_INPUTS[tensor.name()]: tensor.as_numpy() for tensor in request.inputs()}

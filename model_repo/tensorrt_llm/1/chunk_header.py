@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 _FIRST, _LAST, _KEEP_SPECIAL_TOKENS = 1, 2, 4
+_NUM_FIELDS = 5
+
+
+class ChunkHeaderError(Exception):
+    """This is no header of `tensorrt_llm`: one sentence for whoever sent it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,3 +50,12 @@ class ChunkHeader:
             number=number,
             context=context,
         )
+
+
+def read_headers(array: np.ndarray) -> list[ChunkHeader]:
+    """From the tensor, INT64 [1, sequences, 5 or more]. Raises ChunkHeaderError."""
+    if array.ndim != 3 or array.shape[0] != 1 or not array.shape[1] or array.shape[2] < _NUM_FIELDS:
+        raise ChunkHeaderError(
+            f"CHUNK_HEADER has shape {list(array.shape)}; leave it out, only the model tensorrt_llm sends it"
+        )
+    return [ChunkHeader.from_row(row) for row in array[0].tolist()]

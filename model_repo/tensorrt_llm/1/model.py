@@ -116,13 +116,14 @@ class TritonPythonModel:
     def execute(self, requests: list) -> None:
         for request in requests:
             responder = TritonResponder(request, self._writer)
-            if self._is_stop(request):
-                self._stop(responder)
-                continue
             try:
-                timeout = timeout_microseconds(request.timeout(), read_parameters(request.parameters()))
+                timeout = timeout_microseconds(request.timeout(), read_parameters(request))
+                responder.request_id = request.request_id()
             except ParameterError as error:
                 self._refuse(responder, RequestError(str(error)))
+                continue
+            if self._is_stop(request):
+                self._stop(responder)
             else:
                 self._serve(self._tensors(request), timeout, responder)
 

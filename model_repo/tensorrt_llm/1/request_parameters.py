@@ -9,9 +9,19 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Collection
+from typing import Protocol
 
 # Those of Triton's own protocols, which come along with a request.
 TRITON_PARAMETERS = frozenset({"id", "timeout", "sequence_id", "sequence_start", "sequence_end", "binary_data_output"})
+
+
+class Request(Protocol):
+    """What is needed of Triton's."""
+
+    def request_id(self) -> str: ...
+
+    def parameters(self) -> str:
+        """JSON; empty when there are none."""
 
 
 class ParameterError(Exception):
@@ -33,9 +43,13 @@ def refuse_unknown_parameters(names: Collection[str], known_inputs: Collection[s
             raise ParameterError(f"'{name}' is not an input of this model; {hint}")
 
 
-def read_parameters(parameters: str) -> dict[str, object]:
-    """From Triton's JSON, which is empty when there are none."""
-    return json.loads(parameters) if parameters else {}
+def read_parameters(request: Request) -> dict[str, object]:
+    """Those of a request. Raises ParameterError."""
+    try:
+        request.request_id()  # asked for here, so that nobody else has to expect what follows
+        return json.loads(request.parameters() or "{}")
+    except UnicodeDecodeError:
+        raise ParameterError("the request's id or one of its parameters is not UTF-8; send it as UTF-8") from None
 
 
 def timeout_microseconds(request_timeout: int, parameters: dict[str, object]) -> int:

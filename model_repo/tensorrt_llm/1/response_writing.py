@@ -22,7 +22,7 @@ class TritonResponder:
     """The way back to one Triton request (`dispatcher.Responder`)."""
 
     def __init__(self, request, writer: ResponseWriter):
-        self.request_id: str = request.request_id()
+        self.request_id = ""  # set by whoever has read it
         self._sender = request.get_response_sender()
         self._writer = writer
 
