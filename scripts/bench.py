@@ -48,7 +48,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> Iterator[Result]:
         "length": lambda: long_answers.measure(folder),
         "demo": lambda: real_engine.measure(folder, DEMO_CHECKPOINT, "demo-gpt2", arguments.rounds, max_tokens=400),
         "larger": lambda: real_engine.measure(
-            folder, larger_checkpoint.make(folder), "gpt2-92m", arguments.rounds, max_tokens=64
+            folder, larger_checkpoint.make(folder), "gpt2-92m", arguments.rounds, max_tokens=256
         ),
     }
     for name in arguments.benchmarks or [name for name in benchmarks if name != "official" or arguments.official]:

@@ -1,7 +1,7 @@
 """The CPU engine without Triton: `python in_process.py REPOSITORY`, started by real_engine.py.
 
-Reads one JSON object a line, {"prompts": [[token id, ...], ...], "max_tokens": 64, "at_once": 16}, and answers each
-with {"seconds": ...}. Between two it does nothing.
+Reads one JSON object a line, {"prompts": [[token id, ...], ...], "max_tokens": 64, "at_once": 16, "is_streamed": true},
+and answers each with {"seconds": ...}. Between two it does nothing.
 """
 
 from __future__ import annotations
@@ -32,26 +32,33 @@ def main() -> None:
 
 
 def run(
-    pipeline: openvino_genai.ContinuousBatchingPipeline, prompts: list[list[int]], max_tokens: int, at_once: int
+    pipeline: openvino_genai.ContinuousBatchingPipeline,
+    prompts: list[list[int]],
+    max_tokens: int,
+    at_once: int,
+    is_streamed: bool,
 ) -> float:
     """Seconds until all prompts are answered, `at_once` at a time.
 
-    Tokens are read when a request is over, which costs the engine the least.
+    Streamed, each token is read after the step that made it, as whoever shows it must. Else they are read when a
+    request is over, which costs the engine the least. Nothing is done with them.
     """
     config = openvino_genai.GenerationConfig()
     config.max_new_tokens = max_tokens
     config.ignore_eos = True
     waiting = [openvino.Tensor(np.array([ids], np.int64)) for ids in prompts]
-    running = []
+    running: dict[openvino_genai.GenerationHandle, int] = {}  # tokens that were read
     started = time.monotonic()
     while waiting or running:
         while waiting and len(running) < at_once:
-            running.append(pipeline.add_request(len(waiting), waiting.pop(), config))
+            running[pipeline.add_request(len(waiting), waiting.pop(), config)] = 0
         pipeline.step()
-        over = [h for h in running if h.get_status() != openvino_genai.GenerationStatus.RUNNING]
-        for handle in over:
-            assert len(handle.read_all()[0].generated_ids) == max_tokens
-            running.remove(handle)
+        for handle in list(running):
+            is_over = handle.get_status() != openvino_genai.GenerationStatus.RUNNING
+            while (is_streamed or is_over) and handle.can_read():
+                running[handle] += sum(len(output.generated_ids) for output in handle.read().values())
+            if is_over:
+                assert running.pop(handle) == max_tokens
     return time.monotonic() - started
 
 

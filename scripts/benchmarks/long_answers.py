@@ -18,14 +18,15 @@ PARTS = 8
 TOKENS_PER_SECOND = 400.0
 MOST_GROWTH = 1.10  # of the last part's cost above the second's: what repeated runs differ by
 
-_LIMITS = ("--max-batch-size", str(AT_ONCE), "--max-seq-len", str(NUM_TOKENS + 100))
+_LIMITS = ("--max-batch-size", str(AT_ONCE), "--max-seq-len", str(NUM_TOKENS + 500))
+_MORE_TOKENS = 200  # so that no answer ends within what is measured
 _WHOLE_LENGTHS = (512, 2048, NUM_TOKENS)
 
 
 def measure(folder: Path) -> Result:
     repository = build_synthetic(folder, "long", f"tokens_per_second={TOKENS_PER_SECOND:g}", *_LIMITS)
     with served(repository) as server:
-        along = asyncio.run(_along_streams(server))
+        along, ends = asyncio.run(_along_streams(server))
         whole = {length: asyncio.run(_whole(server, length)) for length in _WHOLE_LENGTHS}
     result = Result(name="length", title=f"CPU time per token, answers of {NUM_TOKENS:,} tokens, {AT_ONCE} at a time")
     for number, microseconds in enumerate(along):
@@ -33,6 +34,7 @@ def measure(folder: Path) -> Result:
         result.add(f"streamed, tokens {first:,} to {first + NUM_TOKENS // PARTS:,}", microseconds, "us")
     # The first part has the prompts as well, and whatever happens once.
     result.add("streamed, last part / second part", along[-1] / along[1], at_most=MOST_GROWTH)
+    result.add("streamed, ending the answers, per token", ends, "us")
     for length, microseconds in whole.items():
         result.add(f"not streamed, {length:,} tokens", microseconds, "us")
     result.add(f"not streamed, {NUM_TOKENS:,} / 2,048 tokens", whole[NUM_TOKENS] / whole[2048], at_most=MOST_GROWTH)
@@ -40,10 +42,11 @@ def measure(folder: Path) -> Result:
     return result
 
 
-async def _along_streams(server: LocalServer) -> list[float]:
-    """Microseconds per token in each part."""
+async def _along_streams(server: LocalServer) -> tuple[list[float], float]:
+    """Microseconds per token in each part, and afterwards, when Triton frees what it has kept of each answer."""
     cpu = CpuSeconds(server)
     readings: list[float] = []
+    num_tokens = NUM_TOKENS + _MORE_TOKENS
 
     async def read() -> None:
         """The synthetic engine keeps its rate by the clock, so a part is a time."""
@@ -55,10 +58,12 @@ async def _along_streams(server: LocalServer) -> list[float]:
     async with grpcclient.InferenceServerClient(f"127.0.0.1:{server.grpc_port}") as client:
         await ask_all(lambda prompt: stream(client, server.name, prompt, 200), _prompts("Warm"), AT_ONCE)
         reader = asyncio.create_task(read())
-        await ask_all(lambda prompt: stream(client, server.name, prompt, NUM_TOKENS), _prompts("Count"), AT_ONCE)
+        await ask_all(lambda prompt: stream(client, server.name, prompt, num_tokens), _prompts("Count"), AT_ONCE)
         await reader
+    await asyncio.sleep(2.0)
     tokens = AT_ONCE * NUM_TOKENS / PARTS
-    return [(later - earlier) / tokens * 1e6 for earlier, later in zip(readings, readings[1:], strict=False)]
+    along = [(later - earlier) / tokens * 1e6 for earlier, later in zip(readings, readings[1:], strict=False)]
+    return along, (cpu.total() - readings[-1]) / (AT_ONCE * NUM_TOKENS) * 1e6
 
 
 async def _whole(server: LocalServer, length: int) -> float:

@@ -1,9 +1,10 @@
 """NVIDIA's ensemble, preprocessing and postprocessing around the same engine, under the same load, in the same run.
 
 They are the files of the folder triton_backend/all_models/inflight_batcher_llm of the repository NVIDIA/TensorRT-LLM,
-which whoever measures has to bring. With NVIDIA's backend each token of a stream is a response, so what theirs carries
-is told in responses; here too the engine is let send every token by itself. `tensorrt_llm` is ours on both sides: the
-maps of NVIDIA's ensemble are cut down to the tensors that it has, and get its `finish_reason`.
+which whoever measures has to bring. `tensorrt_llm` is ours on both sides: the maps of NVIDIA's ensemble are cut down to
+the tensors that it has, and get its `finish_reason`. With NVIDIA's backend each token of a stream is a response, so
+what theirs carries is told in responses: our engine, told to send as fast as it can, still sends those tokens together
+that came while it could not.
 """
 
 from __future__ import annotations
@@ -54,17 +55,14 @@ def measure(folder: Path, seconds: float, official: Path) -> Result:
             load(server, folder, _WARM_UP_SECONDS, _OUTPUT_TOKENS)
             reports[name] = load(server, folder, seconds, _OUTPUT_TOKENS)
     result = Result(name="official", title=f"NVIDIA's ensemble and this one, {NUM_STREAMS} streams of {_OUTPUT_TOKENS}")
-    for name, report in reports.items():
-        result.add(f"{name}, tokens/s", report["while_sending"]["tokens_per_second"])
-        result.add(f"{name}, responses/s", report["rates"]["responses_per_second"])
-        result.add(f"{name}, requests that failed", report["requests"]["failed"])
-    # One response is one token with NVIDIA's backend, while our engine's tokens may leave together when it is held up.
-    ratio = (
-        reports["this one"]["while_sending"]["tokens_per_second"]
-        / (reports["NVIDIA's"]["rates"]["responses_per_second"])
-    )
-    result.add("tokens/s of this one / responses/s of NVIDIA's", ratio)
-    result.data = {name: report["per_second"]["tokens"] for name, report in reports.items()}
+    theirs_per_second = reports["NVIDIA's"]["rates"]["responses_per_second"]
+    ours_per_second = reports["this one"]["while_sending"]["tokens_per_second"]
+    result.add("NVIDIA's, responses/s, each a token", theirs_per_second)
+    result.add("this one, tokens/s", ours_per_second)
+    result.add("this one, responses/s", reports["this one"]["rates"]["responses_per_second"])
+    result.add("this one / NVIDIA's", ours_per_second / theirs_per_second)
+    result.add("requests that failed", sum(report["requests"]["failed"] for report in reports.values()), at_most=0)
+    result.data = {"tokens_per_second": {"NVIDIA's": theirs_per_second, "this one": ours_per_second}}
     return result
 
 

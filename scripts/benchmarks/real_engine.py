@@ -1,7 +1,8 @@
 """What Triton and everything around the engine cost a real engine: tokens/s through the server against in process.
 
 Both sides have the same engine, prompts and lengths, and take turns, so that a machine that grows faster or slower
-changes both. While one works the other has nothing to do.
+changes both. While one works the other has nothing to do. Streams are compared with reading each token in process,
+whole answers with reading them at their end. In process there are only token ids; through Triton it is text.
 """
 
 from __future__ import annotations
@@ -44,17 +45,19 @@ _WORDS = [
 def measure(folder: Path, model: Path, name: str, rounds: int, max_tokens: int) -> Result:
     repository = build(folder, name, model, "--engine", "openvino", "--max-batch-size", str(AT_ONCE))
     tokenizer = tokenizers.Tokenizer.from_file(str(repository / "tensorrt_llm/1/engine/tokenizer.json"))
-    num_tokens = 2 * AT_ONCE * max_tokens
-    rates: dict[str, list[float]] = {"in process": [], "streamed": [], "not streamed": []}
+    num_tokens = AT_ONCE * max_tokens
+    ways = ("streamed in process", "streamed through Triton", "whole in process", "whole through Triton")
+    rates: dict[str, list[float]] = {way: [] for way in ways}
     with in_process(repository) as engine, served(repository) as server:
         for number in range(rounds + 1):
             # The order changes too: whoever comes after a busy time may find the machine slower.
-            for way in random.Random(number).sample(sorted(rates), len(rates)):
+            for way in random.Random(number).sample(ways, len(ways)):
                 prompts = _prompts(f"{number} {way}")
-                if way == "in process":
-                    seconds = engine([tokenizer.encode(prompt).ids for prompt in prompts], max_tokens)
+                is_streamed = way.startswith("streamed")
+                if way.endswith("in process"):
+                    seconds = engine([tokenizer.encode(prompt).ids for prompt in prompts], max_tokens, is_streamed)
                 else:
-                    seconds = asyncio.run(_ask(server, prompts, max_tokens, way == "streamed"))
+                    seconds = asyncio.run(_ask(server, prompts, max_tokens, is_streamed))
                 if number:  # the first one is for caches
                     rates[way].append(num_tokens / seconds)
     result = Result(
@@ -62,17 +65,18 @@ def measure(folder: Path, model: Path, name: str, rounds: int, max_tokens: int) 
     )
     for way, values in rates.items():
         result.add(f"{way}, median of {rounds}", statistics.median(values), "tokens/s")
-    for way in ("streamed", "not streamed"):
-        ratios = [through / alone for through, alone in zip(rates[way], rates["in process"], strict=True)]
-        result.add(f"{way} / in process, median", statistics.median(ratios), at_least=LEAST_RATIO)
+    for kind in ("streamed", "whole"):
+        pairs = zip(rates[f"{kind} through Triton"], rates[f"{kind} in process"], strict=True)
+        ratio = statistics.median(through / alone for through, alone in pairs)
+        result.add(f"{kind}, through Triton / in process", ratio, at_least=LEAST_RATIO)
     result.data = {"tokens_per_second": rates}
     return result
 
 
 def _prompts(seed: str) -> list[str]:
-    """Two for each that runs at a time. No two begin alike: the engine's prefix cache is not what is measured."""
+    """No two begin alike: the engine's prefix cache is not what is measured."""
     chance = random.Random(seed)
-    return [" ".join(chance.choices(_WORDS, k=16)) for _ in range(2 * AT_ONCE)]
+    return [" ".join(chance.choices(_WORDS, k=16)) for _ in range(AT_ONCE)]
 
 
 async def _ask(server: LocalServer, prompts: list[str], max_tokens: int, is_streamed: bool) -> float:
@@ -88,8 +92,8 @@ def in_process(repository: Path) -> Iterator:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert json.loads(process.stdout.readline()) == {"ready": True}
 
-        def run(prompts: list[list[int]], max_tokens: int) -> float:
-            work = {"prompts": prompts, "max_tokens": max_tokens, "at_once": AT_ONCE}
+        def run(prompts: list[list[int]], max_tokens: int, is_streamed: bool) -> float:
+            work = {"prompts": prompts, "max_tokens": max_tokens, "at_once": AT_ONCE, "is_streamed": is_streamed}
             process.stdin.write(json.dumps(work) + "\n")
             process.stdin.flush()
             return json.loads(process.stdout.readline())["seconds"]

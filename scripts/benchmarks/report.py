@@ -95,10 +95,9 @@ def _draw_streams(result: Result, ax: Any) -> None:
 
 
 def _draw_official(result: Result, ax: Any) -> None:
-    for name, rates in result.data.items():
-        ax.plot(range(len(rates)), rates, label=name)
-    ax.legend()
-    ax.set(xlabel="seconds", ylabel="tokens/s", ylim=0)
+    rates = result.data["tokens_per_second"]
+    ax.bar(list(rates), list(rates.values()))
+    ax.set(ylabel="tokens/s")
 
 
 def _draw_single(result: Result, ax: Any) -> None:
@@ -115,7 +114,7 @@ def _draw_length(result: Result, ax: Any) -> None:
 
 def _draw_engine(result: Result, ax: Any) -> None:
     rates = result.data["tokens_per_second"]
-    ax.boxplot(list(rates.values()), tick_labels=list(rates))
+    ax.boxplot(list(rates.values()), tick_labels=[way.replace(" ", "\n", 1) for way in rates])
     ax.set(ylabel="tokens/s", ylim=0)
 
 

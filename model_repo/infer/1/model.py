@@ -25,7 +25,7 @@ from server_ending import end_with_server
 from text_decoding import load_tokenizer
 from text_states import TextStates
 
-_CANCEL_POLL_SECONDS = 0.1
+_CANCEL_POLL_SECONDS = 0.25  # each is a round trip to Triton for every request in flight
 
 # Inputs that go to the engine as they are; the ensemble's config maps them in the same way.
 ENGINE_NAMES = {

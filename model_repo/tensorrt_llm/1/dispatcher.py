@@ -27,7 +27,7 @@ from chunks import Chunk
 from exchanges import Answer, Exchange, Responder, Sequence, new_exchange
 from generation import AdmissionRefused, Engine, EngineError, GenerationRequest, RequestCancelled, RequestError, Step
 from measurements import Measurements, Outcome
-from pacing import Pacer
+from pacing import MAX_SECONDS, MAX_SECONDS_BESIDE_CPU_ENGINE, Pacer
 from request_reading import Prompt, Request
 from stop_words import Released, StopWordMatcher
 from text_decoding import CONTEXT_TOKENS, TextStream
@@ -128,7 +128,8 @@ class Dispatcher:
         self._closing_ns = 0  # Unix time after which nobody is let in any more; 0: not yet
         self._events: queue.SimpleQueue = queue.SimpleQueue()
         # Owned by the dispatcher's thread.
-        self._pacer = Pacer(responses_per_second)
+        max_seconds = MAX_SECONDS_BESIDE_CPU_ENGINE if engine.computes_on_cpu else MAX_SECONDS
+        self._pacer = Pacer(responses_per_second, max_seconds)
         self._engine_pace = math.nan  # what the engine was last told
         self._room = WaitingRoom(queue_limits or QueueLimits())
         self._by_engine_key: dict[int, list[Sequence]] = {}
@@ -226,6 +227,8 @@ class Dispatcher:
                     continue
                 try:
                     self._handle(event)
+                    if self._ready and not self._pacer.seconds_between:
+                        self._send_what_is_due(time.monotonic())  # each by itself, also those that came together
                 except Exception:
                     _log.exception("dispatcher failed on %r", event)
                     if isinstance(event, _Event):

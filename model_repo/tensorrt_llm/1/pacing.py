@@ -1,8 +1,9 @@
 """How often a stream is answered: at once while the server is quiet, its tokens together as load grows.
 
-Every response of an ensemble costs about half a millisecond of CPU time in all, whatever it holds. So responses are
-rationed twice: by the number of streams, and by how many responses `postprocessing` has not decoded yet. The first
-keeps the usual cost down; the second finds out what the machine affords when that is less, without being told.
+Every response of an ensemble costs 1 to 1.5 ms of CPU time in all, whatever it holds, and half of that when many come
+at once. So responses are rationed twice: by the number of streams, and by how many responses `postprocessing` has not
+decoded yet. The first keeps the usual cost down; the second finds out what the machine affords when that is less,
+without being told.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# Of each core. An engine that computes on the CPU too shall lose no more than 3 % of it to streams; beside others half
-# of the cores may go into responses, with the client on the same machine (docs/benchmarks.md).
-_RESPONSES_PER_CORE_BESIDE_CPU_ENGINE = 33.0
+# Of each core. An engine that computes on the CPU too shall lose no more than 3 % of it to streams, and a response
+# costs it 0.7 ms; beside others half of the cores may go into responses, with the client on the same machine
+# (docs/benchmarks.md).
+_RESPONSES_PER_CORE_BESIDE_CPU_ENGINE = 16.0
 _RESPONSES_PER_CORE = 800.0
 _MOST_RESPONSES = 3200.0  # what one process of `postprocessing` can decode, with something to spare
 
-MAX_SECONDS = 0.2  # between two responses of a stream, unless the machine cannot even do that
+# Between two responses of a stream, unless the machine cannot even do that.
+MAX_SECONDS = 0.2
+MAX_SECONDS_BESIDE_CPU_ENGINE = 0.5
 
 # Responses on their way to `postprocessing`. It decodes 64 in some 15 ms and reports every 5 ms (feedback_channel.py),
 # so it never runs dry; and a backlog delays no text by more than that.
@@ -28,8 +32,9 @@ _LOST_SECONDS = 1.0
 class Pacer:
     """Owned by the dispatcher's thread. Times are monotonic seconds."""
 
-    def __init__(self, responses_per_second: float):
+    def __init__(self, responses_per_second: float, max_seconds: float = MAX_SECONDS):
         self._seconds_per_response = 1.0 / responses_per_second
+        self._max_seconds = max_seconds
         self.num_streams = 0
         self._last_number = 0
         self._last_done = 0
@@ -38,7 +43,7 @@ class Pacer:
     @property
     def seconds_between(self) -> float:
         """Between two responses of one stream. 0 for a stream that is alone."""
-        return min(MAX_SECONDS, max(0, self.num_streams - 1) * self._seconds_per_response)
+        return min(self._max_seconds, max(0, self.num_streams - 1) * self._seconds_per_response)
 
     def next_number(self, now: float) -> int:
         """For a response that goes to `postprocessing` now."""

@@ -1,12 +1,13 @@
 """The engine `synthetic`: tokens at a set rate and no model, to measure and stress what surrounds an engine.
 
-Sequences advance together, one token each per tick, as they do in a batch on a GPU. Time is the clock's: where this
+Sequences advance together, one token each per tick, as they do in a batch on a GPU. Ticks are the clock's: where this
 process comes late, a sequence gets the tokens of the ticks that were missed in one step, so the rate holds.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 import zlib
@@ -30,7 +31,7 @@ class _Sequence:
     deliver: Deliver
     start: int  # where in the text it begins
     blocks: int  # of the KV cache, for prompt and answer
-    first_token: float = 0.0  # monotonic seconds
+    first_tick: int = 0  # that it gets a token at
     num_tokens: int = 0  # generated so far
 
 
@@ -107,10 +108,14 @@ class SyntheticEngine:
                     return
                 now = time.monotonic()
                 self._begin_waiting(now)
+                tick = self._tick_at(now)
                 for sequence in list(self._running.values()):
-                    self._advance(sequence, now)
-            # Ticks are at whole multiples, so that sequences which began at different times advance together.
+                    self._advance(sequence, tick)
             time.sleep(self._seconds_per_token - time.monotonic() % self._seconds_per_token)
+
+    def _tick_at(self, now: float) -> int:
+        """They are at whole multiples, so that sequences which began at different times advance together."""
+        return int(now / self._seconds_per_token)
 
     def _begin_waiting(self, now: float) -> None:
         """First come, first served: a request that does not fit keeps those behind it waiting, as real engines do."""
@@ -119,19 +124,17 @@ class SyntheticEngine:
             if self._kv_blocks_used + sequence.blocks > self._kv_blocks_max:
                 return
             del self._waiting[key]
-            sequence.first_token = now + self._prefill_seconds
+            prefill_ticks = math.ceil(self._prefill_seconds / self._seconds_per_token)
+            sequence.first_tick = self._tick_at(now) + prefill_ticks
             self._kv_blocks_used += sequence.blocks
             self._running[key] = sequence
 
-    def _advance(self, sequence: _Sequence, now: float) -> None:
-        if now < sequence.first_token:
-            return
+    def _advance(self, sequence: _Sequence, tick: int) -> None:
         request = sequence.request
-        ticks = 1 + int((now - sequence.first_token) / self._seconds_per_token + 1e-6)
-        due = min(ticks, request.max_tokens)
-        token_ids = self._text[sequence.start + sequence.num_tokens : sequence.start + due]
-        if not token_ids:
+        due = min(1 + tick - sequence.first_tick, request.max_tokens)
+        if due <= sequence.num_tokens:
             return
+        token_ids = self._text[sequence.start + sequence.num_tokens : sequence.start + due]
         sequence.num_tokens = due
         is_over = due == request.max_tokens
         if is_over:
