@@ -66,8 +66,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="NAME",
         help=f"which ones: {', '.join(names)}; without any, all (official with --official)",
     )
-    parser.add_argument("--seconds", type=float, default=60, help="how long streams are measured")
-    parser.add_argument("--rounds", type=int, default=7, help="how often real engines take turns")
+    parser.add_argument("--seconds", type=_at_least_one, default=60, help="how long streams are measured")
+    parser.add_argument("--rounds", type=_at_least_one, default=7, help="how often real engines take turns")
     parser.add_argument("--output", type=Path, default=ROOT / "out/bench", metavar="FOLDER")
     parser.add_argument(
         "--official",
@@ -82,6 +82,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if "official" in arguments.benchmarks and arguments.official is None:
         parser.error("the benchmark 'official' needs NVIDIA's files; say with --official where they are")
     return arguments
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 1")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,13 @@ restarts nor reports a model's process that has died: live and ready stay 200, a
 
 So SIGTERM, and Ctrl-C, come to this process. It has `tensorrt_llm` let nobody in any more, waits until nothing is in
 flight, and only then ends the server; after `drain_seconds` whatever is left gets its error. A second signal skips the
-rest. The server ends with this process however that ends. As process 1 of a container it also collects orphans, and
-the server, which is then another process, can be killed from inside (process 1 cannot).
+rest. The server ends with this process however that ends (`_Guard`). As process 1 of a container it also collects
+orphans, and the server, which is then another process, can be killed from inside (process 1 cannot).
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import signal
@@ -29,7 +28,6 @@ _TICK_SECONDS = 0.2
 _QUIET_TICK_SECONDS = 0.5  # while it serves: what is looked at then costs the engine time
 _SEARCH_SECONDS = 5.0  # for processes of models that were loaded since; with its 130 threads it takes 3 ms
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
-_PR_SET_PDEATHSIG = 1
 
 # The server's gauges are 0.1 s old at most, and a request may be on its way from one model to the next.
 _IDLE_SECONDS = 0.5
@@ -86,11 +84,13 @@ class Supervisor:
             preexec_fn=_prepare_child,
             process_group=0,  # Ctrl-C is for this process
         )
+        guard = _Guard(self._server.pid)
         while True:
             self._take_signal()
             _collect_orphans(self._server.pid)
             if (code := self._server.poll()) is not None:
-                self._end_models()
+                self._wait_for_models()
+                guard.release()
                 return self._exit_code if self._exit_code is not None else code if code >= 0 else 128 - code
             now = time.monotonic()
             self._announce()
@@ -184,17 +184,12 @@ class Supervisor:
         self._kill_at = time.monotonic() + self._end_seconds
         self._server.terminate()
 
-    def _end_models(self) -> None:
-        """Those that the server has left behind. They end by themselves, but not one that waits for the server to take
-        its response: the stub of 2.51 may then hold Python's GIL, so that server_ending.py's watch cannot run either.
+    def _wait_for_models(self) -> None:
+        """They end by themselves, but for one that waits for the server to take its response: the stub of 2.51 may then
+        hold Python's GIL, so that server_ending.py's watch cannot run either. That one is left for the guard.
         """
         end = time.monotonic() + _MODELS_END_SECONDS
-        while left := [pid for pid in self._models if _state(pid) not in (None, "Z")]:
-            if time.monotonic() >= end:
-                for pid in left:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                return
+        while time.monotonic() < end and any(_state(pid) not in (None, "Z") for pid in self._models):
             time.sleep(0.05)
             _collect_orphans(self._server.pid)
 
@@ -206,8 +201,32 @@ class Supervisor:
 
 def _prepare_child() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-    # However this process ends: a server that nobody looks after, and nobody stops, keeps a GPU.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class _Guard:
+    """A process that kills the server, and all that it has started, when this one has ended, be it by SIGKILL.
+
+    A server that nobody looks after, and nobody stops, keeps a GPU. SIGTERM by the kernel (PR_SET_PDEATHSIG) would not
+    do: it makes tritonserver 2.51 hang when it has gRPC streams, and reaches no model.
+    """
+
+    def __init__(self, server_pid: int):
+        # Programs do not inherit pipes of Python, so this process alone holds the end that is not read.
+        ended, self._held = os.pipe()
+        self._pid = os.fork()
+        if not self._pid:
+            os.close(self._held)
+            os.read(ended, 1)  # until nobody holds the other end
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server_pid, signal.SIGKILL)
+            os._exit(0)
+        os.close(ended)
+
+    def release(self) -> None:
+        """When the server has ended: kills what it has left behind."""
+        os.close(self._held)
+        with contextlib.suppress(ChildProcessError):  # collected as an orphan
+            os.waitpid(self._pid, 0)
 
 
 def num_in_flight(metrics_url: str) -> int | None:

@@ -223,10 +223,12 @@ def test_a_server_that_is_killed_leaves_no_models_behind(start: Callable[..., Su
     wait_for(lambda: {supervisor._state(pid) for pid in server.models.values()} <= {None, "Z"})
 
 
-def test_the_server_ends_with_its_supervisor(start: Callable[..., Supervised]):
+def test_the_server_and_its_models_end_with_their_supervisor(start: Callable[..., Supervised]):
     server = start()
+    (server.folder / "ignore-sigterm").touch()
     server.process.kill()
     wait_for(server.has_ended)
+    wait_for(lambda: {supervisor._state(pid) for pid in server.models.values()} <= {None, "Z"})
 
 
 @pytest.mark.parametrize("model", ["tensorrt_llm", "postprocessing"])

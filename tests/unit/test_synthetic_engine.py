@@ -104,7 +104,7 @@ def test_the_first_token_waits_for_the_prefill(make_engine: Any):
     engine = make_engine(prefill_seconds=0.3)
     started = time.monotonic()
     came = Delivered(engine, 1).until_end()
-    assert came[0][0] - started >= 0.3 - 1e-3  # ticks are whole milliseconds here
+    assert came[0][0] - started >= 0.3
 
 
 def test_the_same_prompt_gives_the_same_text_and_others_others(make_engine: Any):

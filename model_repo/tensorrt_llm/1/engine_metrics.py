@@ -75,11 +75,11 @@ class EngineMetrics:
                 self._metrics[key].set(value)
                 self._last[key] = value
         taken = self._take()
+        for key, value in observations(taken):
+            self._metrics[key].observe(value)
         for key, value in increments(taken):
             if value:
                 self._metrics[key].increment(value)
-        for key, value in observations(taken):
-            self._metrics[key].observe(value)
 
 
 def _declare(family: Family):

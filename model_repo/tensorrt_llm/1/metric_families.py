@@ -162,11 +162,7 @@ def gauges(stats: EngineStats, num_in_flight: int, max_in_engine: int) -> dict[K
 
 
 def increments(taken: Taken) -> Iterator[tuple[Key, float]]:
-    """What the counters grow by."""
-    for outcome, number in taken.ended.items():
-        yield ("triton_trtllm_requests_total", outcome), number
-    for reason, number in taken.refusals.items():
-        yield ("triton_trtllm_admission_refusals_total", reason), number
+    """What the counters grow by. Requests that have ended come last: who sees them shall see all that was theirs."""
     yield ("triton_trtllm_prompt_tokens_total", ""), taken.prompt_tokens
     yield ("triton_trtllm_generated_tokens_total", ""), taken.generated_tokens
     yield ("triton_trtllm_compute_seconds_total", ""), taken.compute_seconds
@@ -176,6 +172,10 @@ def increments(taken: Taken) -> Iterator[tuple[Key, float]]:
         yield ("triton_trtllm_inter_token_seconds_bucket", bound), number
     yield ("triton_trtllm_inter_token_seconds_sum", ""), taken.inter_token_seconds
     yield ("triton_trtllm_inter_token_seconds_count", ""), sum(taken.inter_token_counts)
+    for reason, number in taken.refusals.items():
+        yield ("triton_trtllm_admission_refusals_total", reason), number
+    for outcome, number in taken.ended.items():
+        yield ("triton_trtllm_requests_total", outcome), number
 
 
 def observations(taken: Taken) -> Iterator[tuple[Key, float]]:

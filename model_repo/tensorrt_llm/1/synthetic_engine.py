@@ -124,8 +124,9 @@ class SyntheticEngine:
             if self._kv_blocks_used + sequence.blocks > self._kv_blocks_max:
                 return
             del self._waiting[key]
-            prefill_ticks = math.ceil(self._prefill_seconds / self._seconds_per_token)
-            sequence.first_tick = self._tick_at(now) + prefill_ticks
+            sequence.first_tick = self._tick_at(now)  # which is now
+            if self._prefill_seconds:
+                sequence.first_tick = math.ceil((now + self._prefill_seconds) / self._seconds_per_token)
             self._kv_blocks_used += sequence.blocks
             self._running[key] = sequence
 
