@@ -21,7 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoint_files import Source, check_files, human_size, needed_files, read_note, sha256_of, write_note
+from checkpoint_files import (
+    Source,
+    check_files,
+    damage,
+    human_size,
+    needed_files,
+    read_note,
+    sha256_of,
+    write_note,
+)
 from errors import CheckpointError, UsageError
 
 log = logging.getLogger("checkpoint")
@@ -42,7 +51,7 @@ class Checkpoint:
     model: str  # as the user named it: hub id without revision, or the folder's resolved path
     revision: str | None  # the commit that the hub id was pinned to, 40 hex digits; None for a local folder
     path: Path  # holds `files`, and maybe others that do not matter
-    digest: str  # hex SHA-256 that identifies the content of `files`
+    digest: str  # hex SHA-256 that identifies the content of `files`; "" where a plan has no weights to look at
     files: tuple[str, ...] = ()  # names in `path` of config, tokenizer and weights, and code if trusted; sorted
 
     @property
@@ -60,8 +69,12 @@ def resolve(
     offline: bool = False,
     trust_remote_code: bool = False,
     digest_cache: Path | None = None,
+    is_plan: bool = False,
 ) -> Checkpoint:
     """Have the checkpoint `model` on this machine, complete, and return it.
+
+    With `is_plan` config.json is enough: of a hub id the weights are not fetched, and a local folder may lack them, or
+    have damaged ones. Its digest is "" then, because nothing of it can have been built.
 
     `cache_dir` is the hub cache (default: huggingface_hub's own). `digest_cache` is a folder where the SHA-256 of a
     local folder's files is kept, so that a second run hashes nothing. Raises CheckpointError, with one sentence, for
@@ -75,7 +88,14 @@ def resolve(
         if HUB_ID.fullmatch(model):
             remedy += f", or say '{model}@{DEFAULT_REVISION}' for the model on the hub"
         source = Source(f"folder {str(folder)!r}", remedy)
-        return _from_folder(folder, source, trust_remote_code=trust_remote_code, digest_cache=digest_cache)
+        try:
+            return _from_folder(folder, source, trust_remote_code=trust_remote_code, digest_cache=digest_cache)
+        except CheckpointError as error:
+            if not is_plan or not (folder / "config.json").is_file() or damage(folder / "config.json"):
+                raise
+            problem, _, _ = str(error).rpartition("; ")  # its remedy is for a build
+            log.info("planning from config.json alone: %s", problem)
+            return Checkpoint(model=str(folder), revision=None, path=folder, digest="", files=("config.json",))
 
     repo_id, revision = _as_hub_id(model, revision)
     import hub_download  # imports huggingface_hub, which neither a local folder nor a help text needs
@@ -87,6 +107,7 @@ def resolve(
         cache_dir=cache_dir,
         offline=offline,
         trust_remote_code=trust_remote_code,
+        is_plan=is_plan,
     )
     # A commit fixes every byte, so the names of its files are enough; and a renamed repository keeps its digest.
     digest = _digest("commit", [commit, files])

@@ -16,7 +16,8 @@ from errors import CheckpointError
 
 log = logging.getLogger("checkpoint.files")
 
-QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+MODELOPT_FILE = "hf_quant_config.json"  # beside config.json in what NVIDIA ModelOpt exports
+QUANTIZATION_FILES = (MODELOPT_FILE, "quantize_config.json", "quant_config.json")
 CONFIG_FILES = {"config.json", "generation_config.json", *QUANTIZATION_FILES}
 TOKENIZER_FILES = {
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -49,7 +50,7 @@ class Source:
 
 def head_files(names: Collection[str], source: Source) -> list[str]:
     """The small files that say what else is needed. Raises CheckpointError if it is clear that they do not suffice."""
-    heads = {"config.json", "tokenizer_config.json", _weights_entry(names, source)}
+    heads = {"config.json", MODELOPT_FILE, "tokenizer_config.json", _weights_entry(names, source)}
     return sorted(name for name in heads if name in names and name.endswith(".json"))
 
 

@@ -17,6 +17,7 @@ import shlex
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib import import_module
@@ -27,10 +28,12 @@ from assemble import Settings, assemble, check_output, check_served_name
 from checkpoint import Checkpoint, resolve
 from engine_manifest import EngineManifest
 from errors import BuildError, UnsupportedError, UsageError
-from gpus import find_gpus
+from gpus import Gpu, find_gpus
 from plan import (
     DTYPES,
     ENGINE_CHOICES,
+    GPU_ENGINES,
+    KV_CACHE_DTYPES,
     QUANTIZATIONS,
     BuildRequest,
     EngineKind,
@@ -38,7 +41,9 @@ from plan import (
     SyntheticRates,
     choose_engine,
     make_plan,
+    read_config,
 )
+from sizing_report import in_words, size_plan
 from store import Store
 
 _log = logging.getLogger("engines")
@@ -83,9 +88,13 @@ def build(request: BuildRequest, options: Options) -> dict[str, Any]:
         check_output(options.output)
     gpus = find_gpus() if request.engine == "auto" else []
     kind, reason = choose_engine(request.engine, [gpu.product for gpu in gpus])
+    if options.plan_only and kind == "openvino" and request.engine == "auto" and request.gpu is not None:
+        kind, reason = "tensorrt", f"auto: planned for {request.gpu}"
     _log.info("engine: %s (%s)", kind, reason)
-    compiler = _compiler(kind)
-    compiler.check_request(request)
+    # Planning needs neither a GPU nor the libraries that build for one.
+    compiler = None if options.plan_only and kind in GPU_ENGINES else _compiler(kind)
+    if compiler is not None:
+        compiler.check_request(request)
     if kind != "synthetic" and request.synthetic is not None:
         raise UsageError(f"--synthetic is for --engine synthetic, and this engine is {kind}; leave it out")
     if kind == "synthetic" and options.verify:
@@ -97,7 +106,10 @@ def build(request: BuildRequest, options: Options) -> dict[str, Any]:
         offline=options.offline,
         trust_remote_code=request.trust_remote_code,
         digest_cache=options.cache_dir,
+        is_plan=options.plan_only,
     )
+    if compiler is None:
+        return _plan_for_gpus(request, checkpoint, kind, gpus)
     plan = make_plan(request, checkpoint, kind, compiler.versions())
     compiler.check(plan)
     served_name = options.served_name or _default_name(request, checkpoint)
@@ -105,15 +117,12 @@ def build(request: BuildRequest, options: Options) -> dict[str, Any]:
     check_served_name(served_name)
     check_output(output)
     store = Store(options.cache_dir)
-    report: dict[str, Any] = {
-        "model": checkpoint.model,
-        "revision": checkpoint.revision,
-        "plan": asdict(plan),
-        "key": store.key_of(plan),
-    }
+    has_weights = checkpoint.digest != ""
+    report = _planned(plan, checkpoint) | {"key": store.key_of(plan) if has_weights else None}
     if options.plan_only:
-        stored = store.find(plan)
-        return report | {"stored": str(stored) if stored else None}
+        stored = store.find(plan) if has_weights else None
+        sizes = size_plan(plan, read_config(checkpoint))
+        return report | {"stored": str(stored) if stored else None, "sizing": sizes}
     engine = _compile(plan, checkpoint, compiler, store, force=options.force)
     report |= {"engine": str(engine.folder), "was_stored": engine.was_stored}
     if options.verify:
@@ -126,6 +135,19 @@ def build(request: BuildRequest, options: Options) -> dict[str, Any]:
         "infer_name": repository.infer_name,
         "seconds": round(time.monotonic() - started, 3),
     }
+
+
+def _plan_for_gpus(
+    request: BuildRequest, checkpoint: Checkpoint, kind: EngineKind, gpus: Sequence[Gpu]
+) -> dict[str, Any]:
+    """Without the compiler, which wants a GPU. The key of an engine holds the compiler's version, so there is none."""
+    plan = make_plan(request, checkpoint, kind, versions={})
+    sizes = size_plan(plan, read_config(checkpoint), gpus)
+    return _planned(plan, checkpoint) | {"key": None, "stored": None, "sizing": sizes}
+
+
+def _planned(plan: EnginePlan, checkpoint: Checkpoint) -> dict[str, Any]:
+    return {"model": checkpoint.model, "revision": checkpoint.revision, "plan": asdict(plan)}
 
 
 def _default_name(request: BuildRequest, checkpoint: Checkpoint) -> str:
@@ -217,10 +239,17 @@ def parse(argv: list[str]) -> tuple[BuildRequest, Options, argparse.Namespace]:
         "--dtype",
         choices=DTYPES,
         default="auto",
-        help="type of the weights (default: auto; on a CPU float32, or bfloat16 with --quantization)",
+        help="type of the weights (default: auto; on a GPU the checkpoint's own, or float16 for float32; on a CPU "
+        "float32, or bfloat16 with --quantization)",
     )
     what.add_argument(
         "--quantization", choices=QUANTIZATIONS, default="none", help="weights of fewer bits (default: none)"
+    )
+    what.add_argument(
+        "--kv-cache-dtype",
+        choices=KV_CACHE_DTYPES,
+        default="auto",
+        help="type of the KV cache on NVIDIA GPUs (default: auto, that of --dtype)",
     )
     what.add_argument("--tp", type=_positive, default=1, metavar="N", help="tensor parallel GPUs (default: 1)")
     what.add_argument("--pp", type=_positive, default=1, metavar="N", help="pipeline parallel GPUs (default: 1)")
@@ -306,7 +335,11 @@ def parse(argv: list[str]) -> tuple[BuildRequest, Options, argparse.Namespace]:
         help="end the server when its engine has work and says nothing for so long (default: 120)",
     )
     how = parser.add_argument_group("how")
-    how.add_argument("--plan", action="store_true", help="print what would be built, and stop")
+    how.add_argument(
+        "--plan",
+        action="store_true",
+        help="print what would be built and whether it fits, from config.json alone, and stop",
+    )
     how.add_argument("--force", action="store_true", help="build even if the store has this engine, and replace it")
     how.add_argument("--verify", action="store_true", help="compare the engine's greedy tokens with transformers")
     how.add_argument("--json", action="store_true", help="print one JSON result on stdout, errors included")
@@ -318,6 +351,7 @@ def parse(argv: list[str]) -> tuple[BuildRequest, Options, argparse.Namespace]:
         engine=arguments.engine,
         dtype=arguments.dtype,
         quantization=arguments.quantization,
+        kv_cache_dtype=arguments.kv_cache_dtype,
         tensor_parallel=arguments.tp,
         pipeline_parallel=arguments.pp,
         gpu=arguments.gpu,
@@ -450,7 +484,10 @@ def _in_words(report: dict[str, Any]) -> str:
         f"{limits['max_seq_len']} with the answer",
     ]
     if "repository" not in report:
-        lines.append(f"in the store   {report['stored'] or 'no: a build would compile it'}")
+        lines += in_words(report["sizing"])
+        if plan["engine"] not in GPU_ENGINES:
+            nothing = "no: a build would compile it" if report["key"] else "no: there are no weights to compile"
+            lines.append(f"in the store   {report['stored'] or nothing}")
         return "\n".join(lines)
     name, infer_name = report["served_name"], report["infer_name"]
     output, serve = _shown(Path(report["repository"])), _shown(_SERVE)

@@ -46,8 +46,12 @@ def fetch(
     cache_dir: Path | None,
     offline: bool,
     trust_remote_code: bool,
+    is_plan: bool = False,
 ) -> tuple[str, Path, tuple[str, ...]]:
-    """The commit, its folder, and the files in it that matter, complete and checked. Raises CheckpointError."""
+    """The commit, its folder, and the files in it that matter, complete and checked. Raises CheckpointError.
+
+    With `is_plan` only the small files that say what there is are in the folder afterwards: config.json and such.
+    """
     offline = offline or constants.HF_HUB_OFFLINE
     token, token_origin = (None, "") if offline else read_token(token_file)
     repository = Repository(
@@ -61,16 +65,16 @@ def fetch(
     try:
         with _quiet_client():
             snapshot = pin(repository, offline=offline)
-            files = _complete(snapshot, offline=offline, trust_remote_code=trust_remote_code)
-            if not offline:
+            files = _complete(snapshot, offline=offline, trust_remote_code=trust_remote_code, is_plan=is_plan)
+            if not offline and not is_plan:
                 remember(snapshot)  # only now: --offline must not find half of it
     except OSError as error:
         raise explain(error, repository, repr(repo_id)) from error
     return snapshot.commit, snapshot.path, files
 
 
-def _complete(snapshot: Snapshot, *, offline: bool, trust_remote_code: bool) -> tuple[str, ...]:
-    """Have all files that matter in the snapshot's folder, and return their names."""
+def _complete(snapshot: Snapshot, *, offline: bool, trust_remote_code: bool, is_plan: bool) -> tuple[str, ...]:
+    """Have all files that matter in the snapshot's folder, or for a plan the first few; return the names of all."""
     repo_id, commit = snapshot.repository.id, snapshot.commit[:8]
     if offline:
         source = Source(f"the cached {repo_id!r} (commit {commit})", "run once without --offline to complete it")
@@ -78,6 +82,8 @@ def _complete(snapshot: Snapshot, *, offline: bool, trust_remote_code: bool) -> 
         source = Source(f"{repo_id!r} at commit {commit}", "choose another revision or model")
     _have(snapshot, head_files(snapshot.files, source), source, offline=offline, log_level=logging.DEBUG)
     files = needed_files(snapshot.files, snapshot.path, source, trust_remote_code=trust_remote_code)
+    if is_plan:
+        return files
     _have(snapshot, files, source, offline=offline, log_level=logging.INFO)
     check_files(snapshot.path, files, source)
     return files

@@ -8,17 +8,21 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from checkpoint import Checkpoint
+from checkpoint_files import MODELOPT_FILE, read_note
 from errors import UnsupportedError, UsageError
 
 EngineKind = Literal["tensorrt", "pytorch", "openvino", "synthetic"]
 EngineChoice = Literal["auto", "tensorrt", "pytorch", "openvino", "synthetic"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
-Quantization = Literal["none", "int8", "int4"]
+Quantization = Literal["none", "int8", "int4", "fp8", "int4_awq", "int8_sq"]
+KvCacheDType = Literal["auto", "fp8", "int8"]
 
 ENGINE_KINDS: tuple[str, ...] = get_args(EngineKind)
 ENGINE_CHOICES: tuple[str, ...] = get_args(EngineChoice)
 DTYPES: tuple[str, ...] = get_args(DType)
 QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
+KV_CACHE_DTYPES: tuple[str, ...] = get_args(KvCacheDType)
+GPU_ENGINES: tuple[str, ...] = ("tensorrt", "pytorch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,7 @@ class BuildRequest:
     engine: EngineChoice = "auto"
     dtype: DType = "auto"
     quantization: Quantization = "none"
+    kv_cache_dtype: KvCacheDType = "auto"
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     gpu: str | None = None
@@ -70,6 +75,7 @@ class EnginePlan:
     architecture: str
     dtype: DType  # never "auto"
     quantization: Quantization
+    kv_cache_dtype: KvCacheDType  # "auto": as wide as dtype
     tensor_parallel: int
     pipeline_parallel: int
     gpu: str | None
@@ -108,7 +114,7 @@ def make_plan(
     request: BuildRequest, checkpoint: Checkpoint, engine: EngineKind, versions: Mapping[str, str]
 ) -> EnginePlan:
     """Decide everything that is open. Raises UsageError for limits that the model cannot have."""
-    config = json.loads((checkpoint.path / "config.json").read_text())
+    config = read_config(checkpoint)
     architectures = config.get("architectures") or []
     if len(architectures) != 1:
         raise UnsupportedError(
@@ -121,8 +127,9 @@ def make_plan(
         revision=checkpoint.revision,
         checkpoint_digest=checkpoint.digest,
         architecture=architectures[0],
-        dtype=_dtype(request),
+        dtype=_dtype(request, engine, config),
         quantization=request.quantization,
+        kv_cache_dtype=request.kv_cache_dtype,
         tensor_parallel=request.tensor_parallel,
         pipeline_parallel=request.pipeline_parallel,
         gpu=request.gpu,
@@ -133,10 +140,30 @@ def make_plan(
     )
 
 
-def _dtype(request: BuildRequest) -> DType:
-    """float32 is exact. Weights of 8 or 4 bits are not, and computing with them in 16 bits is faster."""
+def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The content of config.json, with what ModelOpt's hf_quant_config.json says of quantization if only that does.
+
+    Raises UnsupportedError if it is no object.
+    """
+    config = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise UnsupportedError(f"config.json of '{checkpoint.model}' is not a JSON object; choose another checkpoint")
+    quantization = read_note(checkpoint.path / MODELOPT_FILE, {}).get("quantization")
+    if "quantization_config" not in config and isinstance(quantization, dict):
+        config["quantization_config"] = {"quant_method": "modelopt"} | quantization
+    return config
+
+
+def _dtype(request: BuildRequest, engine: EngineKind, config: Mapping[str, Any]) -> DType:
+    """On a GPU 16 bits, in the checkpoint's own type if it has one of them: what TensorRT-LLM's "auto" means too.
+
+    On a CPU float32 is exact. Weights of 8 or 4 bits are not, and computing with them in 16 bits is faster.
+    """
     if request.dtype != "auto":
         return request.dtype
+    if engine in GPU_ENGINES:
+        own = config.get("dtype") or config.get("torch_dtype")  # since transformers 4.56, and before
+        return "bfloat16" if own == "bfloat16" else "float16"
     return "float32" if request.quantization == "none" else "bfloat16"
 
 

@@ -61,6 +61,7 @@ BROKEN_ARCHITECTURES = {
     "XGLMForCausalLM": "its attention is not exported as an operation that the pipeline knows",
 }
 
+QUANTIZATIONS = ("none", "int8", "int4")  # what NNCF makes of --quantization
 INT4_GROUP_SIZE = 128  # weights that share a scale; NNCF's and optimum-intel's default
 MODEL_FILES = ("openvino_model.xml", "openvino_model.bin")
 
@@ -98,6 +99,16 @@ def check_request(request: BuildRequest) -> None:
                 f"{option} {number} splits a model over GPUs, and an OpenVINO engine runs in one process on one CPU; "
                 f"leave {option} out, or build with --engine tensorrt"
             )
+    if request.quantization not in QUANTIZATIONS:
+        raise UsageError(
+            f"--quantization {request.quantization} is computed by NVIDIA GPUs only; "
+            f"use {', '.join(QUANTIZATIONS[:-1])} or {QUANTIZATIONS[-1]}, or build with --engine tensorrt"
+        )
+    if request.kv_cache_dtype != "auto":
+        raise UsageError(
+            f"--kv-cache-dtype {request.kv_cache_dtype} is for engines on NVIDIA GPUs, and the KV cache of an OpenVINO "
+            "engine follows --dtype; leave it out"
+        )
     if request.gpu is not None:
         raise UsageError(
             f"--gpu {request.gpu} is for engines that run on a GPU, and an OpenVINO engine runs on any CPU; "

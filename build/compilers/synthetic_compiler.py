@@ -43,6 +43,7 @@ def check_request(request: BuildRequest) -> None:
         ("--gpu", request.gpu is not None),
         ("--quantization", request.quantization != "none"),
         ("--dtype", request.dtype != "auto"),
+        ("--kv-cache-dtype", request.kv_cache_dtype != "auto"),
     ):
         if is_given:
             raise UsageError(f"{option} is about weights and GPUs, and a synthetic engine has none; leave it out")

@@ -294,3 +294,35 @@ def test_a_local_folder_needs_no_hub_client(tmp_path):
     code = f"import checkpoint, sys; checkpoint.resolve({str(folder)!r}); print('huggingface_hub' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=BUILD, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+# --- a plan needs config.json only
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"config.json": b"{}"},
+        model_files(model__safetensors=None, tokenizer__json=None),
+        model_files(**SHARDED),  # an index whose shards are elsewhere
+        model_files(model__safetensors=b"version https://git-lfs.github.com/spec/v1"),
+    ],
+)
+def test_a_plan_needs_no_weights(tmp_path, files, caplog):
+    folder = write(tmp_path / "tiny", files)
+    sentence(folder)
+    with caplog.at_level("INFO", "checkpoint"):
+        found = resolve(str(folder), is_plan=True)
+    assert (found.path, found.digest, found.files) == (folder, "", ("config.json",))
+    assert "planning from config.json alone: folder " in caplog.text
+
+
+def test_a_plan_of_a_complete_folder_has_its_digest(tmp_path):
+    folder = write(tmp_path / "tiny", model_files())
+    assert resolve(str(folder), is_plan=True) == resolve(str(folder))
+
+
+@pytest.mark.parametrize("files", [{}, model_files(config__json=None), model_files(config__json=b"{")])
+def test_a_plan_needs_a_config(tmp_path, files):
+    folder = write(tmp_path / "tiny", files)
+    assert sentence(folder, is_plan=True) == sentence(folder)

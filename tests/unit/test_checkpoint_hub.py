@@ -161,6 +161,32 @@ def test_only_what_is_needed_is_asked_for(hub):
     assert {request.file for request in hub.requests if request.file} == set(model_files())
 
 
+@pytest.mark.parametrize(
+    ("files", "asked_for"),
+    [
+        (model_files(), {"config.json", "tokenizer_config.json"}),
+        (SHARDED, {"config.json", "tokenizer_config.json", "model.safetensors.index.json"}),
+        (
+            model_files() | {"hf_quant_config.json": b"{}"},
+            {"config.json", "tokenizer_config.json", "hf_quant_config.json"},
+        ),
+    ],
+)
+def test_a_plan_asks_for_no_weights_and_has_the_same_digest(hub, files, asked_for):
+    hub.add("org/tiny", files)
+    planned = resolve(is_plan=True)
+    assert {request.file for request in hub.requests if request.file} == asked_for
+    assert (planned.path / "config.json").is_file()
+    assert resolve() == planned
+
+
+def test_a_plan_offline_needs_no_weights_and_leaves_nothing_half_for_a_build(hub):
+    commit = hub.add("org/tiny", model_files())
+    resolve(is_plan=True)
+    assert resolve(revision=commit, is_plan=True, offline=True).revision == commit
+    assert "is not in the cache" in sentence(offline=True)
+
+
 def test_only_the_shards_that_the_index_names_are_asked_for(hub):
     hub.add("org/tiny", SHARDED | {"model-3-of-3.safetensors": b"x", "pytorch_model.bin": b"x"})
     assert contents(resolve()) == SHARDED

@@ -387,6 +387,128 @@ def test_plan_says_what_is_there(cli: Cli, compiler: FakeCompiler):
     assert f"in the store   {engine}\n" in cli("--plan").out
 
 
+# --- sizes
+
+
+CONFIG_OF_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+}
+
+
+@pytest.fixture
+def only_config(tmp_path: Path) -> Callable[..., Path]:
+    """A folder with nothing but a config.json."""
+
+    def write(**changes: Any) -> Path:
+        folder = tmp_path / "only-config"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(CONFIG_OF_8B | changes))
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize("engine", ["tensorrt", "pytorch"])
+def test_a_plan_for_gpus_needs_neither_gpus_nor_weights(
+    cli: Cli, only_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, engine: str
+):
+    monkeypatch.setitem(sys.modules, "tensorrt_llm", None)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    ended = cli("--plan", "--json", "--engine", engine, model=only_config())
+    report = ended.document
+    assert (ended.code, report["key"], report["stored"], report["plan"]["dtype"]) == (0, None, None, "bfloat16")
+    sizing = report["sizing"]
+    assert sizing["parameters"]["total"] == 8_030_261_248
+    assert sizing["weights"]["bytes"] == 16_060_522_496
+    assert sizing["kv_cache"]["bytes_per_token"] == 131_072
+    assert {gpu["product"] for gpu in sizing["gpus"]} >= {"Tesla-T4", "NVIDIA-A10G", "NVIDIA-H100-80GB-HBM3"}
+
+
+@pytest.mark.parametrize("engine", ["tensorrt", "pytorch"])
+def test_a_build_for_gpus_says_that_there_is_none_yet(cli: Cli, only_config: Callable[..., Path], engine: str):
+    assert "is not built by this version yet" in cli("--engine", engine, model=only_config()).sentence
+
+
+def test_a_gpu_that_is_named_is_planned_for(cli: Cli, only_config: Callable[..., Path]):
+    ended = cli("--plan", "--gpu", "NVIDIA-A10G", model=only_config())
+    assert "engine: tensorrt (auto: planned for NVIDIA-A10G)\n" in ended.err
+    assert "--tp 1 --pp 1 fits on NVIDIA-A10G, with room for 8 sequences of 4096 tokens; all 16" in ended.out
+    assert [line.split()[0] for line in ended.out.splitlines() if line.startswith("NVIDIA-")] == ["NVIDIA-A10G"]
+    assert "in the store" not in ended.out
+
+
+def test_the_gpu_of_this_machine_comes_first_with_its_own_memory(
+    cli: Cli, only_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+):
+    gpu = Gpu(product="NVIDIA-L4", compute_capability="8.9", memory_mib=20000)
+    monkeypatch.setattr(engines, "find_gpus", lambda: [gpu])
+    sizing = cli("--plan", "--json", model=only_config()).document["sizing"]
+    assert (sizing["detailed"], sizing["gpus"][0]["product"]) == ("NVIDIA-L4", "NVIDIA-L4")
+    assert [each["memory_mib"] for each in sizing["gpus"] if each["product"] == "NVIDIA-L4"] == [20000]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (
+            ["--gpu", "Tesla-T4"],
+            4,
+            "Tesla-T4 has compute capability 7.5, and TensorRT-LLM 1.2.1 needs 8.0; use a newer",
+        ),
+        (["--gpu", "A10G"], 2, "--gpu A10G is no product known here; perhaps you meant 'NVIDIA-A10G'; use one of "),
+        (
+            ["--engine", "tensorrt", "--tp", "5"],
+            2,
+            "--tp 5 does not divide the 32 attention heads of '.*'; use 1, 2, 4,",
+        ),
+        (["--engine", "pytorch", "--pp", "33"], 2, "--pp 33 is more than the 32 layers of '.*'; use at most 32"),
+        (["--gpu", "NVIDIA-A10G", "--quantization", "fp8"], 4, "NVIDIA-A10G has compute capability 8.6, and FP8 needs"),
+        (["--engine", "openvino", "--quantization", "fp8"], 2, "--quantization fp8 is computed by NVIDIA GPUs only; "),
+        (["--engine", "openvino", "--kv-cache-dtype", "fp8"], 2, "--kv-cache-dtype fp8 is for engines on NVIDIA GPUs"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_one_sentence(
+    cli: Cli, compiler: FakeCompiler, only_config: Callable[..., Path], options: list[str], code: int, message: str
+):
+    ended = cli("--plan", *options, model=only_config())
+    assert (ended.code, ended.out) == (code, "")
+    assert re.match(message, ended.sentence)
+
+
+def test_an_architecture_without_sizes_is_refused_for_gpus_and_planned_for_the_cpu(
+    cli: Cli, compiler: FakeCompiler, only_config: Callable[..., Path]
+):
+    folder = only_config(architectures=["FalconForCausalLM"])
+    assert cli("--plan", "--engine", "tensorrt", model=folder).code == 4
+    ended = cli("--plan", "--engine", "openvino", model=folder)
+    assert ended.code == 0
+    assert "is a FalconForCausalLM, whose tensors are not known here; sizes can be planned for " in ended.out
+
+
+def test_a_plan_for_the_cpu_has_sizes_and_no_gpus(cli: Cli, compiler: FakeCompiler):
+    sizing = cli("--plan", "--json").document["sizing"]
+    assert sizing["parameters"]["total"] == 2_173_440
+    assert sizing["weights"]["bytes"] == 4 * 2_173_440
+    assert sizing["machine"]["fits"] is True
+    assert "gpus" not in sizing
+    assert "NVIDIA" not in cli("--plan").out
+
+
+def test_a_plan_without_weights_has_no_key(cli: Cli, compiler: FakeCompiler, only_config: Callable[..., Path]):
+    report = cli("--plan", "--json", "--engine", "openvino", model=only_config()).document
+    assert (report["key"], report["stored"]) == (None, None)
+    out = cli("--plan", "--engine", "openvino", model=only_config()).out
+    assert out.endswith("in the store   no: there are no weights to compile\n")
+
+
 def test_a_second_run_takes_the_stored_engine(cli: Cli, compiler: FakeCompiler):
     first, second = cli("--json").document, cli("--json", "--served-name", "again").document
     assert len(compiler.plans) == 1

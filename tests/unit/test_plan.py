@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from checkpoint import Checkpoint
 from errors import UnsupportedError, UsageError
-from plan import BuildRequest, EngineLimits, EnginePlan, choose_engine, make_plan
+from plan import BuildRequest, EngineLimits, EnginePlan, choose_engine, make_plan, read_config
 
 CONFIG = {"architectures": ["GPT2LMHeadModel"], "n_positions": 1024}
 REQUEST = BuildRequest(model="gpt2")
@@ -39,6 +39,7 @@ def test_what_is_left_open_is_decided(tmp_path: Path):
         architecture="GPT2LMHeadModel",
         dtype="float32",
         quantization="none",
+        kv_cache_dtype="auto",
         tensor_parallel=1,
         pipeline_parallel=1,
         gpu=None,
@@ -125,6 +126,39 @@ def test_a_checkpoint_names_one_architecture(tmp_path: Path, architectures: Any,
         UnsupportedError, match=rf"config\.json of 'gpt2' names {number} architectures; give a checkpoint"
     ):
         plan_of(tmp_path, architectures=architectures, n_positions=8)
+
+
+@pytest.mark.parametrize("engine", ["tensorrt", "pytorch"])
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        ({}, "float16"),
+        ({"torch_dtype": "float32"}, "float16"),
+        ({"torch_dtype": "float16"}, "float16"),
+        ({"torch_dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": "bfloat16"}, "bfloat16"),  # as transformers writes it since 4.56
+    ],
+)
+def test_on_a_gpu_the_dtype_is_the_checkpoints_of_16_bits(tmp_path: Path, engine: Any, config: Any, dtype: str):
+    found = checkpoint(tmp_path, architectures=["LlamaForCausalLM"], **config)
+    assert make_plan(REQUEST, found, engine, {}).dtype == dtype
+    assert make_plan(replace(REQUEST, dtype="float32"), found, engine, {}).dtype == "float32"
+
+
+def test_what_modelopt_says_beside_config_json_counts(tmp_path: Path):
+    found = checkpoint(tmp_path)
+    assert read_config(found) == CONFIG
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
+    assert read_config(found)["quantization_config"] == {"quant_method": "modelopt", "quant_algo": "FP8"}
+    found = checkpoint(tmp_path, quantization_config={"quant_method": "awq"}, **CONFIG)
+    assert read_config(found)["quantization_config"] == {"quant_method": "awq"}
+
+
+def test_a_config_that_is_no_object_is_refused(tmp_path: Path):
+    found = checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UnsupportedError, match=r"config\.json of 'gpt2' is not a JSON object"):
+        make_plan(REQUEST, found, "openvino", {})
 
 
 @pytest.mark.parametrize(

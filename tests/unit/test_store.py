@@ -39,6 +39,7 @@ PLAN = EnginePlan(
     architecture="GPT2LMHeadModel",
     dtype="float32",
     quantization="none",
+    kv_cache_dtype="auto",
     tensor_parallel=1,
     pipeline_parallel=1,
     gpu=None,
