@@ -55,7 +55,9 @@ class LocalServer:
             if (code := self.process.poll()) is not None:
                 raise LocalServerError(f"the server ended with {code}; its log says:\n{self._end_of_log()}")
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}/v2/health/ready", timeout=1).close()
+                # The port for metrics opens last, a moment after the server is ready.
+                for url in (f"{self.http_port}/v2/health/ready", f"{self.metrics_port}/metrics"):
+                    urllib.request.urlopen(f"http://127.0.0.1:{url}", timeout=1).close()
                 return self
             except OSError:
                 time.sleep(0.05)
