@@ -235,11 +235,17 @@ class Family:
     aliases: dict[str, str] = field(default_factory=dict)
 
 
-def _gpt2(values: _Values) -> ModelShape:
-    hidden, heads = values.number("n_embd"), values.number("n_head")
+def _plain_attention(values: _Values, hidden_name: str, heads_name: str) -> _Attention:
+    """Every head has keys and values of its own, and they divide the width among them. Raises as `values` does."""
+    hidden, heads = values.number(hidden_name), values.number(heads_name)
     if hidden % heads:
-        raise values.error(f"has n_embd {hidden} for {heads} heads, which does not divide")
-    attention = _Attention(hidden=hidden, heads=heads, kv_heads=heads, head_dim=hidden // heads)
+        raise values.error(f"has {hidden_name} {hidden} for {heads} heads, which does not divide")
+    return _Attention(hidden=hidden, heads=heads, kv_heads=heads, head_dim=hidden // heads)
+
+
+def _gpt2(values: _Values) -> ModelShape:
+    attention = _plain_attention(values, "n_embd", "n_head")
+    hidden = attention.hidden
     width = values.number_or("n_inner", 4 * hidden)
     if values.flag("add_cross_attention"):
         raise UnsupportedError(
@@ -254,9 +260,9 @@ def _gpt2(values: _Values) -> ModelShape:
     return ModelShape(
         architecture=values.architecture,
         hidden_size=hidden,
-        num_attention_heads=heads,
-        num_kv_heads=heads,
-        head_dim=hidden // heads,
+        num_attention_heads=attention.heads,
+        num_kv_heads=attention.kv_heads,
+        head_dim=attention.head_dim,
         vocab_size=vocab_size,
         max_positions=positions,
         tensor_parallel_widths={"MLP width": width},
@@ -276,10 +282,8 @@ _OPT_POSITION_OFFSET = 2  # OPTLearnedPositionalEmbedding: its table has two row
 
 
 def _opt(values: _Values) -> ModelShape:
-    hidden, heads = values.number("hidden_size"), values.number("num_attention_heads")
-    if hidden % heads:
-        raise values.error(f"has hidden_size {hidden} for {heads} heads, which does not divide")
-    attention = _Attention(hidden=hidden, heads=heads, kv_heads=heads, head_dim=hidden // heads)
+    attention = _plain_attention(values, "hidden_size", "num_attention_heads")
+    hidden = attention.hidden
     width, bias = values.number("ffn_dim"), values.flag("enable_bias")
     norm_copies = 1 if values.flag("layer_norm_elementwise_affine") else 0
     vocab_size, positions = values.number("vocab_size"), values.number("max_position_embeddings")
@@ -296,9 +300,9 @@ def _opt(values: _Values) -> ModelShape:
     return ModelShape(
         architecture=values.architecture,
         hidden_size=hidden,
-        num_attention_heads=heads,
-        num_kv_heads=heads,
-        head_dim=hidden // heads,
+        num_attention_heads=attention.heads,
+        num_kv_heads=attention.kv_heads,
+        head_dim=attention.head_dim,
         vocab_size=vocab_size,
         max_positions=positions,
         tensor_parallel_widths={"MLP width": width},

@@ -40,31 +40,34 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if missed else 0
 
 
+BENCHMARKS: dict[str, Callable[[Path, argparse.Namespace], Result]] = {
+    "streams": lambda folder, given: streams.measure(folder, given.seconds),
+    "official": lambda folder, given: official.measure(folder, given.seconds, given.official),
+    "single": lambda folder, given: single_stream.measure(folder, given.seconds),
+    "length": lambda folder, given: long_answers.measure(folder),
+    "demo": lambda folder, given: real_engine.measure(
+        folder, DEMO_CHECKPOINT, "demo-gpt2", given.rounds, max_tokens=400
+    ),
+    "larger": lambda folder, given: real_engine.measure(
+        folder, larger_checkpoint.make(folder), "gpt2-92m", given.rounds, max_tokens=256
+    ),
+}
+
+
 def measure(folder: Path, arguments: argparse.Namespace) -> Iterator[Result]:
-    benchmarks: dict[str, Callable[[], Result]] = {
-        "streams": lambda: streams.measure(folder, arguments.seconds),
-        "official": lambda: official.measure(folder, arguments.seconds, arguments.official),
-        "single": lambda: single_stream.measure(folder, arguments.seconds),
-        "length": lambda: long_answers.measure(folder),
-        "demo": lambda: real_engine.measure(folder, DEMO_CHECKPOINT, "demo-gpt2", arguments.rounds, max_tokens=400),
-        "larger": lambda: real_engine.measure(
-            folder, larger_checkpoint.make(folder), "gpt2-92m", arguments.rounds, max_tokens=256
-        ),
-    }
-    for name in arguments.benchmarks or [name for name in benchmarks if name != "official" or arguments.official]:
-        yield benchmarks[name]()
+    for name in arguments.benchmarks or [name for name in BENCHMARKS if name != "official" or arguments.official]:
+        yield BENCHMARKS[name](folder, arguments)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    names = ("streams", "official", "single", "length", "demo", "larger")
     parser.add_argument(
         "benchmarks",
         nargs="*",
         metavar="NAME",
-        help=f"which ones: {', '.join(names)}; without any, all (official with --official)",
+        help=f"which ones: {', '.join(BENCHMARKS)}; without any, all (official with --official)",
     )
     parser.add_argument("--seconds", type=_at_least_one, default=60, help="how long streams are measured")
     parser.add_argument("--rounds", type=_at_least_one, default=7, help="how often real engines take turns")
@@ -77,8 +80,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "the same run, around the same engine",
     )
     arguments = parser.parse_args(argv)
-    if unknown := [name for name in arguments.benchmarks if name not in names]:
-        parser.error(f"there is no benchmark '{unknown[0]}'; choose from {', '.join(names)}")
+    if unknown := [name for name in arguments.benchmarks if name not in BENCHMARKS]:
+        parser.error(f"there is no benchmark '{unknown[0]}'; choose from {', '.join(BENCHMARKS)}")
     if "official" in arguments.benchmarks and arguments.official is None:
         parser.error("the benchmark 'official' needs NVIDIA's files; say with --official where they are")
     return arguments

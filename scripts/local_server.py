@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
+import psutil
 from free_ports import free_ports
 
 SERVE = Path(__file__).with_name("serve.py")
@@ -25,7 +26,7 @@ class LocalServerError(Exception):
 
 
 class LocalServer:
-    """Started when made; `stop()` ends it. Its output goes to `log`."""
+    """Started when made; `stop()` ends it. Its output goes to `log`. In a `with` it is ready, and ends with that."""
 
     def __init__(
         self, repository: Path, log: Path, options: Sequence[str] = (), environment: Mapping[str, str] | None = None
@@ -62,6 +63,26 @@ class LocalServer:
             except OSError:
                 time.sleep(0.05)
         raise LocalServerError(f"the server is not ready after {READY_SECONDS} s; its log says:\n{self._end_of_log()}")
+
+    def __enter__(self) -> Self:
+        try:
+            return self.wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def processes(self) -> dict[str, psutil.Process]:
+        """All that this server consists of: by model, by script, or by the program's name."""
+        named = {}
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            arguments = [Path(argument) for argument in process.cmdline()]
+            models = [path.parts[-3] for path in arguments if path.name == "model.py"]
+            scripts = [path.name for path in arguments if path.suffix == ".py"]
+            named[(models or scripts or [process.name()])[0]] = process
+        return named
 
     def stop(self) -> int:
         """SIGTERM; the exit code."""

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 from local_server import LocalServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,26 +31,15 @@ def build_synthetic(folder: Path, name: str, rates: str, *options: str) -> Path:
     return build(folder, name, DEMO_CHECKPOINT, "--engine", "synthetic", "--synthetic", rates, *options)
 
 
-@contextmanager
-def served(repository: Path, options: Sequence[str] = ()) -> Iterator[LocalServer]:
-    server = LocalServer(repository, repository.with_suffix(".log"), options)
-    try:
-        yield server.wait_until_ready()
-    finally:
-        server.stop()
+def served(repository: Path) -> LocalServer:
+    return LocalServer(repository, repository.with_suffix(".log"))
 
 
 class CpuSeconds:
     """CPU time of a server's processes, by model. They must not change meanwhile."""
 
     def __init__(self, server: LocalServer):
-        self._processes: dict[str, psutil.Process] = {}
-        for process in psutil.Process(server.process.pid).children(recursive=True):
-            arguments = [Path(argument) for argument in process.cmdline()]
-            models = [path.parts[-3] for path in arguments if path.name == "model.py"]
-            scripts = [path.name for path in arguments if path.suffix == ".py"]
-            name = (models or scripts or [process.name()])[0]
-            self._processes[name] = process
+        self._processes = server.processes()
 
     def read(self) -> dict[str, float]:
         times = {name: process.cpu_times() for name, process in self._processes.items()}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import engines
@@ -44,25 +46,19 @@ def build_synthetic(tmp_path_factory: pytest.TempPathFactory) -> BuildSynthetic:
 @pytest.fixture
 def start_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     """Starts a server of the test's own, to end as it likes: `start_server(repository, *options)`. It is ready."""
-    servers: list[Server] = []
+    numbers = itertools.count()
+    with ExitStack() as servers:
 
-    def start(repository: Path, *options: str) -> Server:
-        servers.append(Server(repository, tmp_path / f"log{len(servers)}", options))
-        return servers[-1].wait_until_ready()
+        def start(repository: Path, *options: str) -> Server:
+            return servers.enter_context(Server(repository, tmp_path / f"log{next(numbers)}", options))
 
-    yield start
-    for server in servers:
-        server.stop()
-        print(f"---- the log of {server.repository} ----\n{server.log.read_text()[-4000:]}")
+        yield start
 
 
 @pytest.fixture(scope="session")
 def session_server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(repository, tmp_path_factory.mktemp("server") / "log")
-    try:
-        yield server.wait_until_ready()
-    finally:
-        server.stop()
+    with Server(repository, tmp_path_factory.mktemp("server") / "log") as server:
+        yield server
 
 
 @pytest.fixture

@@ -62,6 +62,10 @@ class ServerError(Exception):
 class Server(LocalServer):
     """One running server, with short ways to ask it."""
 
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        print(f"---- the log of {self.repository} ----\n{self.log.read_text()[-4000:]}")
+
     def stop(self) -> int:
         try:
             return super().stop()

@@ -35,12 +35,8 @@ def repository(build_synthetic: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def shared(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(repository, tmp_path_factory.mktemp("log") / "log", ("--exit-timeout=2",))
-    try:
-        yield server.wait_until_ready()
-    finally:
-        server.stop()
-        print(server.log.read_text()[-4000:])
+    with Server(repository, tmp_path_factory.mktemp("log") / "log", ("--exit-timeout=2",)) as server:
+        yield server
 
 
 # ---- the ways to ask, each giving (tokens, finish reason) ----------------------------------------------------------

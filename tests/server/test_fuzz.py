@@ -41,12 +41,8 @@ fuzzed = settings(
 def fast(build_synthetic: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """An engine that answers in no time, so that the models around it are what is tried."""
     rates = ("tokens_per_second=5000", "--max-batch-size", "16", "--max-seq-len", "600")
-    server = Server(build_synthetic(*rates), tmp_path_factory.mktemp("fuzz") / "log")
-    try:
-        yield server.wait_until_ready()
-    finally:
-        server.stop()
-        print(server.log.read_text()[-4000:])
+    with Server(build_synthetic(*rates), tmp_path_factory.mktemp("fuzz") / "log") as server:
+        yield server
 
 
 def processes(server: Server) -> set[int]:

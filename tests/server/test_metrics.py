@@ -22,12 +22,8 @@ SAMPLE = re.compile(r"(?P<name>\w+)\{(?P<labels>.*)\} (?P<value>\S+)")
 def fresh(build_synthetic: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that nobody has asked anything yet. Its prompts take half a second, its tokens come 20 a second."""
     rates = ("tokens_per_second=20,prefill_seconds=0.5", "--max-batch-size", "4", "--max-seq-len", "1000")
-    server = Server(build_synthetic(*rates), tmp_path_factory.mktemp("metrics") / "log")
-    try:
-        yield server.wait_until_ready()
-    finally:
-        server.stop()
-        print(server.log.read_text()[-3000:])
+    with Server(build_synthetic(*rates), tmp_path_factory.mktemp("metrics") / "log") as server:
+        yield server
 
 
 Samples = dict[str, dict[str, float]]

@@ -22,14 +22,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import engines
 import prometheus_binaries
 import pytest
 import tritonclient.grpc as grpcclient
 from free_ports import free_ports
 from running_server import ROOT, Server, tensors
 
-CHECKPOINT = ROOT / "scripts/demo_checkpoint/demo-gpt2"
 SLOTS = 8
 TOKENS_PER_SECOND = 50
 
@@ -181,17 +179,13 @@ class Load:
 
 
 @pytest.fixture(scope="module")
-def synthetic_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("monitored")
-    command = ["--model", str(CHECKPOINT), "--engine", "synthetic", "--output", str(folder / "repository")]
-    command += ["--synthetic", f"tokens_per_second={TOKENS_PER_SECOND}"]
-    command += ["--max-batch-size", str(SLOTS), "--max-seq-len", "4096"]
-    assert engines.main(command) == 0
-    server = Server(folder / "repository", folder / "log")
-    try:
-        yield server.wait_until_ready()
-    finally:
-        server.stop()
+def synthetic_server(
+    build_synthetic: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    limits = ("--max-batch-size", str(SLOTS), "--max-seq-len", "4096")
+    repository = build_synthetic(f"tokens_per_second={TOKENS_PER_SECOND}", *limits)
+    with Server(repository, tmp_path_factory.mktemp("monitored") / "log") as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -19,24 +19,18 @@ BODY = {"text_input": "Count", "max_tokens": 10}  # half a second in a slot
 RATES = ("tokens_per_second=20", "--max-batch-size", str(SLOTS), "--max-seq-len", "1000")
 
 
-def running(start: Server) -> Iterator[Server]:
-    try:
-        yield start.wait_until_ready()
-    finally:
-        start.stop()
-        print(start.log.read_text()[-3000:])
-
-
 @pytest.fixture(scope="module")
 def unlimited(build_synthetic: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """As it is without options: requests wait in Triton's queue."""
-    yield from running(Server(build_synthetic(*RATES), tmp_path_factory.mktemp("unlimited") / "log"))
+    with Server(build_synthetic(*RATES), tmp_path_factory.mktemp("unlimited") / "log") as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
 def limited(build_synthetic: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     limits = ("--max-queue-size", "6", "--priority-levels", "3")
-    yield from running(Server(build_synthetic(*RATES, *limits), tmp_path_factory.mktemp("limited") / "log"))
+    with Server(build_synthetic(*RATES, *limits), tmp_path_factory.mktemp("limited") / "log") as server:
+        yield server
 
 
 def ask_by_generate(server: Server, **values: Any) -> None:

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import tritonclient.grpc.aio as aio
 from running_server import Server, tensors
@@ -56,22 +55,14 @@ def test_a_long_time_of_everything(
     assert server.metric("triton_trtllm_requests_total", finish_reason="failed") == 0
 
 
-def processes(server: Server) -> dict[str, psutil.Process]:
-    named = {}
-    for process in psutil.Process(server.process.pid).children(recursive=True):
-        model = next((Path(part).parts[-3] for part in process.cmdline() if part.endswith("/model.py")), process.name())
-        named[model] = process
-    return named
-
-
 def memory(server: Server) -> dict[str, int]:
     """Resident bytes of each process."""
-    return {name: process.memory_info().rss for name, process in processes(server).items()}
+    return {name: process.memory_info().rss for name, process in server.processes().items()}
 
 
 def num_threads(server: Server) -> dict[str, int]:
     """Of the models; tritonserver makes threads for connections as they come."""
-    return {name: p.num_threads() for name, p in processes(server).items() if name != "tritonserver"}
+    return {name: p.num_threads() for name, p in server.processes().items() if name != "tritonserver"}
 
 
 async def ask_many(server: Server, number: int, seed: int) -> Counter[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,16 @@ def test_names_are_unique_and_prometheus_style():
     assert all(re.fullmatch(r"(nv_trt_llm|nv_llm|triton_trtllm)_[a-z_]+", name) for name in names)
 
 
+STATS = EngineStats(
+    num_active_requests=3,
+    num_scheduled_requests=2,
+    num_context_requests=1,
+    kv_blocks_max=10,
+    kv_blocks_used=4,
+    kv_tokens_per_block=32,
+)
+
+
 def everything() -> Taken:
     counted = Measurements(4)
     counted.arrived(7)
@@ -62,17 +73,9 @@ def test_every_counter_and_histogram_is_made_of_something():
 def test_every_value_belongs_to_a_metric_that_is_declared():
     taken = everything()
     declared = {(family.name, value) for family in FAMILIES for value in family.values}
-    stats = EngineStats(
-        num_active_requests=3,
-        num_scheduled_requests=2,
-        num_context_requests=1,
-        kv_blocks_max=10,
-        kv_blocks_used=4,
-        kv_tokens_per_block=32,
-    )
-    used = {key for key, _ in increments(taken)} | {key for key, _ in observations(taken)} | set(gauges(stats, 3, 9))
+    used = {key for key, _ in increments(taken)} | {key for key, _ in observations(taken)} | set(gauges(STATS, 3, 9))
     assert used <= declared
-    assert set(gauges(stats, 3, 9)) == {(f.name, v) for f in FAMILIES if f.kind == "gauge" for v in f.values}
+    assert set(gauges(STATS, 3, 9)) == {(f.name, v) for f in FAMILIES if f.kind == "gauge" for v in f.values}
 
 
 def test_buckets_are_cumulative_and_end_with_the_count():
@@ -95,13 +98,8 @@ def test_buckets_are_cumulative_and_end_with_the_count():
     ],
 )
 def test_gauges_of_requests_fit_each_other(in_flight: int, scheduled: int, expected: dict[str, int]):
-    stats = EngineStats(
-        num_active_requests=scheduled,
-        num_scheduled_requests=scheduled,
-        num_context_requests=scheduled,
-        kv_blocks_max=10,
-        kv_blocks_used=4,
-        kv_tokens_per_block=32,
+    stats = replace(
+        STATS, num_active_requests=scheduled, num_scheduled_requests=scheduled, num_context_requests=scheduled
     )
     values = gauges(stats, in_flight, 9)
     assert {kind: values["nv_trt_llm_request_metrics", kind] for kind in expected} == expected
@@ -110,12 +108,5 @@ def test_gauges_of_requests_fit_each_other(in_flight: int, scheduled: int, expec
 
 
 def test_an_engine_without_a_kv_cache_has_an_empty_one():
-    stats = EngineStats(
-        num_active_requests=0,
-        num_scheduled_requests=0,
-        num_context_requests=0,
-        kv_blocks_max=0,
-        kv_blocks_used=0,
-        kv_tokens_per_block=32,
-    )
+    stats = replace(STATS.when_idle(), kv_blocks_max=0)
     assert gauges(stats, 0, 9)["nv_trt_llm_kv_cache_block_metrics", "fraction"] == 0.0
