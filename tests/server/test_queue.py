@@ -97,9 +97,9 @@ def test_a_priority_is_refused_where_there_are_none(unlimited: Server):
 # ---- limits --------------------------------------------------------------------------------------------------------
 
 
-def fill(server: Server, pool: ThreadPoolExecutor, number: int, **values: Any) -> list[Future]:
-    """So many requests in tensorrt_llm, each a second long."""
-    futures = [pool.submit(ask_by_generate, server, max_tokens=20, **values) for _ in range(number)]
+def fill(server: Server, pool: ThreadPoolExecutor, number: int, seconds: int = 1) -> list[Future]:
+    """So many requests in tensorrt_llm, each so long."""
+    futures = [pool.submit(ask_by_generate, server, max_tokens=20 * seconds) for _ in range(number)]
     wait_for(lambda: requests(server, "active") >= number)
     return futures
 
@@ -135,7 +135,7 @@ def test_when_too_many_wait_every_client_gets_a_sentence_and_may_come_again(limi
 def test_whoever_has_priority_goes_first(limited: Server):
     ended: list[int] = []
     with ThreadPoolExecutor(IN_ENGINE + 6) as pool:
-        fill(limited, pool, IN_ENGINE)
+        fill(limited, pool, IN_ENGINE, seconds=4)  # none has ended when the last of those below has come
         for priority in (3, 2, 1):
             for _ in range(2):
                 future = pool.submit(ask_by_infer, limited, priority=priority)
