@@ -181,6 +181,7 @@ def _compile(plan: EnginePlan, checkpoint: Checkpoint, compiler, store: Store, *
             architecture=plan.architecture,
             dtype=plan.dtype,
             quantization=plan.quantization,
+            kv_cache_dtype=plan.kv_cache_dtype,
             tensor_parallel=plan.tensor_parallel,
             pipeline_parallel=plan.pipeline_parallel,
             limits=asdict(plan.limits),

@@ -49,6 +49,7 @@ def compile(checkpoint: Checkpoint, folder: Path, **request: Any) -> TinyEngine:
         architecture=plan.architecture,
         dtype=plan.dtype,
         quantization=plan.quantization,
+        kv_cache_dtype=plan.kv_cache_dtype,
         tensor_parallel=1,
         pipeline_parallel=1,
         limits=asdict(plan.limits),

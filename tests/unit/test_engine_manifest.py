@@ -32,6 +32,7 @@ MANIFEST = EngineManifest(
     architecture="GPT2LMHeadModel",
     dtype="float32",
     quantization="none",
+    kv_cache_dtype="auto",
     tensor_parallel=1,
     pipeline_parallel=1,
     limits={"max_batch_size": 16, "max_input_len": 1023, "max_seq_len": 1024, "max_beam_width": 4},
@@ -93,7 +94,7 @@ def test_every_value_survives(tmp_path, manifest):
 def test_the_file_is_indented_sorted_json(engine):
     lines = (engine / "engine.json").read_text().splitlines()
     names = [line.split('"')[1] for line in lines if line.startswith('  "')]
-    assert names == sorted(names) and "schema" in names and len(names) == 21
+    assert names == sorted(names) and "schema" in names and len(names) == 22
 
 
 def test_writing_leaves_only_the_manifest(tmp_path):
@@ -121,7 +122,7 @@ def test_builder_and_server_share_one_file():
     ("content", "message"),
     [
         (b"", "is damaged: it is not JSON"),
-        (b'{"schema": 1, "key": "ab', "is damaged: it is not JSON"),
+        (b'{"schema": 2, "key": "ab', "is damaged: it is not JSON"),
         (b"\x00\xff" * 100, "is damaged: it is not JSON"),
         (b"[" * 100_000, "is damaged: it is not JSON"),
         (b"[]", "is damaged: it is not a JSON object"),
@@ -136,7 +137,7 @@ def test_a_damaged_manifest_is_refused(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda fields: fields.update(schema=2), "has schema 2, and this program knows schema 1"),
+        (lambda fields: fields.update(schema=3), "has schema 3, and this program knows schema 2"),
         (lambda fields: fields.pop("dtype"), "lacks field 'dtype'"),
         (lambda fields: fields.pop("schema"), "lacks field 'schema'"),
         (lambda fields: fields.update(colour="red"), "has the unknown field 'colour'"),

@@ -64,6 +64,7 @@ def manifest_of(plan: EnginePlan) -> EngineManifest:
         architecture=plan.architecture,
         dtype=plan.dtype,
         quantization=plan.quantization,
+        kv_cache_dtype=plan.kv_cache_dtype,
         tensor_parallel=plan.tensor_parallel,
         pipeline_parallel=plan.pipeline_parallel,
         limits=asdict(plan.limits),
@@ -169,7 +170,7 @@ def test_what_decides_the_engine_changes_the_key(store, change):
 
 def test_a_new_schema_of_the_manifest_changes_the_key(store, monkeypatch):
     key = store.key_of(PLAN)
-    monkeypatch.setattr(store_module, "SCHEMA", 2)
+    monkeypatch.setattr(store_module, "SCHEMA", store_module.SCHEMA + 1)
     assert store.key_of(PLAN) != key
 
 

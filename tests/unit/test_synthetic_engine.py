@@ -48,7 +48,9 @@ def make_engine(folder: Path, tmp_path: Path) -> Iterator[Callable[..., Syntheti
         (tmp_path / "synthetic.json").write_text(json.dumps(content))
         limits = {"max_batch_size": max_batch_size, "max_input_len": 100, "max_seq_len": max_seq_len}
         manifest = EngineManifest(
-            **dict.fromkeys(("key", "model", "checkpoint_digest", "architecture", "dtype", "quantization"), "x"),
+            **dict.fromkeys(
+                ("key", "model", "checkpoint_digest", "architecture", "dtype", "quantization", "kv_cache_dtype"), "x"
+            ),
             **dict.fromkeys(("revision", "bos_token_id", "pad_token_id", "gpu"), None),
             engine="synthetic",
             limits={**limits, "max_beam_width": 1},

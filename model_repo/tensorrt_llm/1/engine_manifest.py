@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from types import UnionType
 from typing import Any, Literal, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
-SCHEMA = 1  # a change of fields or of their meaning gets a new number, and by it every engine a new key
+SCHEMA = 2  # a change of fields or of their meaning gets a new number, and by it every engine a new key
 MANIFEST_NAME = "engine.json"
 
 _HASHING_THREADS = min(8, os.cpu_count() or 1)  # hashing releases the GIL; more only make a disk seek
@@ -62,6 +62,7 @@ class EngineManifest:
     architecture: str
     dtype: str
     quantization: str
+    kv_cache_dtype: str  # "auto": as wide as dtype
     tensor_parallel: int
     pipeline_parallel: int
     limits: Limits
