@@ -1,0 +1,1 @@
+"""The engine backend. Its LLM comes with the runtime half of the double."""
