@@ -37,7 +37,7 @@ import verify
 from checkpoint import resolve
 from engine_manifest import read_manifest
 from local_server import LocalServer
-from model_shape import shape_of
+from model_shape import model_shape
 from sizing import legal_tensor_parallel
 
 READY_SECONDS = 3600  # a large model from a slow disk
@@ -113,9 +113,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--engine", choices=("tensorrt", "pytorch"), default="tensorrt", help="what runs it")
     parser.add_argument("--tp", type=int, metavar="N", help="tensor parallel GPUs (default: what the GPUs allow)")
     parser.add_argument("--pp", type=int, metavar="N", help="pipeline parallel GPUs (default: 2 of 4 GPUs or more)")
-    parser.add_argument(
-        "--output", type=Path, default=Path("out/gpu-smoke"), metavar="DIR", help="report, logs, engine"
-    )
+    parser.add_argument("--output", type=Path, default=Path("out/gpu-smoke"), metavar="DIR", help="report and logs")
     parser.add_argument(
         "--build-option",
         action="append",
@@ -290,7 +288,7 @@ def layout_for(arguments: argparse.Namespace, num_gpus: int) -> tuple[int, int]:
         return arguments.tp, pp
     checkpoint = resolve(arguments.model, is_plan=True)
     config = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
-    legal = legal_tensor_parallel(shape_of(config))
+    legal = legal_tensor_parallel(model_shape(config, checkpoint.model))
     return max((tp for tp in legal if tp * pp <= max(num_gpus, 1)), default=1), pp
 
 
