@@ -22,7 +22,7 @@ from typing import Any
 
 from engine_manifest import EngineManifest, ManifestError
 from generation import Capability, EngineError
-from gpus import Gpu
+from gpus import Gpu, pin_environment
 from trtllm_installation import has_engine_backend, versions
 
 LLM_ARGUMENTS_NAME = "llm_args.json"  # the user's own arguments, which the build has checked
@@ -249,8 +249,7 @@ def _forget_mpi() -> None:
 
 
 def _show_only(gpus: Sequence[Gpu]) -> None:
-    """Numbers, in the order of the PCI bus as nvidia-smi counts: parts of TensorRT-LLM cannot read GPU UUIDs."""
-    devices = ",".join(str(gpu.index) for gpu in gpus)
-    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-    os.environ["CUDA_VISIBLE_DEVICES"] = devices
-    os.environ["TRTLLM_VISIBLE_DEVICES"] = devices  # what the processes of the ranks make CUDA_VISIBLE_DEVICES of
+    """By numbers: parts of TensorRT-LLM cannot read GPU UUIDs."""
+    visible = pin_environment(gpus)
+    # What the processes of the ranks make CUDA_VISIBLE_DEVICES of.
+    os.environ.update(visible, TRTLLM_VISIBLE_DEVICES=visible["CUDA_VISIBLE_DEVICES"])
