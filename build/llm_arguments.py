@@ -110,6 +110,7 @@ ARGUMENTS: dict[str, _Value | _Group] = {
         engines=PYTORCH,
     ),
     "attn_backend": _Value(str, choices=("TRTLLM", "FLASHINFER", "VANILLA"), engines=PYTORCH),
+    "sampler_type": _Value(str, choices=("auto", "TorchSampler", "TRTLLMSampler"), engines=PYTORCH),
     "disable_overlap_scheduler": _TORCH_FLAG,
     "enable_autotuner": _TORCH_FLAG,
     "enable_attention_dp": _TORCH_FLAG,

@@ -43,6 +43,8 @@ from sizing import legal_tensor_parallel
 READY_SECONDS = 3600  # a large model from a slow disk
 ANSWER_SECONDS = 300
 LONG_TOKENS = 200
+# Small ones that need no token. The PyTorch backend has no GPT-2.
+MODELS = {"tensorrt": "gpt2", "pytorch": "Qwen/Qwen2.5-0.5B-Instruct"}
 SPEED_TOKENS = 128
 SPEED_PROMPT = "Once upon a time, in a village by the sea, there lived an old man who"
 
@@ -107,13 +109,20 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Build, serve and try a model on this machine's NVIDIA GPUs.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--model", default="gpt2", help="hub id or checkpoint folder")
-    parser.add_argument("--engine", choices=("tensorrt", "pytorch"), default="tensorrt", help="what runs it")
+    parser.add_argument("--model", help=f"hub id or checkpoint folder (default: {MODELS})")
+    parser.add_argument(
+        "--engine", choices=("tensorrt", "pytorch"), default="tensorrt", help="what runs it (default: tensorrt)"
+    )
     parser.add_argument("--tp", type=int, metavar="N", help="tensor parallel GPUs (default: what the GPUs allow)")
     parser.add_argument("--pp", type=int, metavar="N", help="pipeline parallel GPUs (default: 2 of 4 GPUs or more)")
-    parser.add_argument("--output", type=Path, default=Path("out/gpu-smoke"), metavar="DIR", help="report and logs")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("out/gpu-smoke"),
+        metavar="DIR",
+        help="report and logs (default: out/gpu-smoke)",
+    )
     parser.add_argument(
         "--build-option",
         action="append",
@@ -122,7 +131,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="further options of build/engines.py, such as --build-option=--dtype=bfloat16",
     )
     parser.add_argument("--no-compare", action="store_true", help="leave out transformers, which runs on the CPU")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    arguments.model = arguments.model or MODELS[arguments.engine]
+    return arguments
 
 
 def run(smoke: Smoke) -> None:

@@ -71,8 +71,8 @@ def check_request(request: BuildRequest) -> None:
     if request.quantization != "none":
         raise UsageError(
             f"--quantization {request.quantization} is made by the TensorRT builder, and --engine pytorch loads "
-            "weights as they are; name a checkpoint that is quantized already (such as those of NVIDIA on the hub), or build "
-            "with --engine tensorrt"
+            "weights as they are; name a checkpoint that is quantized already (such as those of NVIDIA on the hub), or "
+            "build with --engine tensorrt"
         )
     if request.kv_cache_dtype == "int8":
         raise UsageError(
@@ -104,19 +104,31 @@ def check(plan: EnginePlan, config: Mapping[str, Any]) -> None:
             f"'{plan.model}' is quantized in a way ({method}) that TensorRT-LLM is not known to read; use a checkpoint "
             "in FP8, NVFP4, AWQ or GPTQ, or the one that it was made from"
         )
+    _check_registered(plan)
     _check_chunks(plan)
     if architecture not in ARCHITECTURES:
         log.warning("plan: the tensors of a %s are not known here, so --tp and --pp are not checked", architecture)
         return
-    if architecture not in LISTED_ARCHITECTURES:
-        log.warning(
-            "plan: the documentation of TensorRT-LLM lists no %s for its PyTorch backend, which may refuse to load it; "
-            "--engine tensorrt has a builder of its own for more architectures",
-            architecture,
-        )
     shape = model_shape(config, plan.model)
     for note in check_layout(shape, Layout(tp=plan.tensor_parallel, pp=plan.pipeline_parallel), plan.model):
         log.info("plan: %s", note)
+
+
+def _check_registered(plan: EnginePlan) -> None:
+    """By the source of the TensorRT-LLM that is installed here; without one, by the documentation of 1.2.1."""
+    registered = trtllm_installation.pytorch_architectures()
+    if registered is not None and plan.architecture not in registered:
+        raise UnsupportedError(
+            f"'{plan.model}' is a {plan.architecture}, which the PyTorch backend of TensorRT-LLM "
+            f"{dict(plan.compiler_versions).get('tensorrt_llm')} does not have; use --engine tensorrt, or one of "
+            f"{', '.join(name for name in LISTED_ARCHITECTURES if name in registered)}"
+        )
+    if registered is None and plan.architecture not in LISTED_ARCHITECTURES:
+        log.warning(
+            "plan: the documentation of TensorRT-LLM 1.2.1 lists no %s for its PyTorch backend, which may refuse to "
+            "load it; --engine tensorrt has a builder of its own for more architectures",
+            plan.architecture,
+        )
 
 
 def _check_chunks(plan: EnginePlan) -> None:

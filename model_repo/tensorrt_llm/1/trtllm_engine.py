@@ -307,8 +307,13 @@ def _any_token(manifest: EngineManifest) -> int:
 
 
 def _sentence(what: str, error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"TensorRT-LLM {what}: {type(error).__name__}: {' '.join(lines)[:400]}"
+    """With the errors that led to it: "Executor worker returned error" says nothing, and its cause does."""
+    reasons = []
+    cause: BaseException | None = error
+    while cause is not None and len(reasons) < 3:
+        reasons.append(f"{type(cause).__name__}: {' '.join(str(cause).split())[:400]}")
+        cause = cause.__cause__
+    return f"TensorRT-LLM {what}: {', because of '.join(reasons)}"
 
 
 def _kill_children() -> None:

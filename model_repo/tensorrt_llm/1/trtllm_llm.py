@@ -23,7 +23,7 @@ from typing import Any
 from engine_manifest import EngineManifest, ManifestError
 from generation import Capability, EngineError
 from gpus import Gpu, pin_environment
-from trtllm_installation import has_engine_backend, versions
+from trtllm_installation import has_engine_backend, pytorch_architectures, versions
 
 LLM_ARGUMENTS_NAME = "llm_args.json"  # the user's own arguments, which the build has checked
 
@@ -81,6 +81,7 @@ def plan_llm(folder: Path, manifest: EngineManifest, gpus: Sequence[Gpu]) -> Llm
         arguments |= _check_engine_config(folder, manifest)
         capabilities: set[Capability] = {"bad_words", "min_tokens", "no_end_id", "penalties", "seed"}
     else:
+        _check_architecture(manifest)
         sampler = users.get("sampler_type", _best_sampler())
         arguments |= {
             "dtype": manifest.dtype,
@@ -223,6 +224,15 @@ def check_installation(manifest: EngineManifest) -> None:
         raise ManifestError(
             f"the engine holds TensorRT plans, and TensorRT-LLM {installed['tensorrt_llm']} here runs none any more; "
             "rebuild with --engine pytorch, or serve it in a container with TensorRT-LLM 1.2"
+        )
+
+
+def _check_architecture(manifest: EngineManifest) -> None:
+    known = pytorch_architectures()
+    if known is not None and manifest.architecture not in known:
+        raise ManifestError(
+            f"the engine is a {manifest.architecture}, which the PyTorch backend of TensorRT-LLM "
+            f"{versions().get('tensorrt_llm')} here does not have; serve it in a container with a release that has it"
         )
 
 
