@@ -124,7 +124,10 @@ def _fill_in(build_config: BuildConfig, config: PretrainedConfig) -> None:
         build_config.max_seq_len = longest
         machine.log("I", f"max_seq_len is not specified, using deduced value {longest}")
     elif build_config.max_seq_len > longest:
-        machine.log("W", f"Specified max_seq_len {build_config.max_seq_len} is larger than deduced value {longest}")
+        machine.log("W", f"max_seq_len {build_config.max_seq_len} is larger than max_position_embeddings {longest}")
+    if build_config.max_input_len > build_config.max_seq_len:
+        machine.log("W", f"max_input_len is clipped to max_seq_len {build_config.max_seq_len}")
+        build_config.max_input_len = build_config.max_seq_len
     plugins = build_config.plugin_config
     plugins.dtype = config.dtype
     plugins.nccl_plugin = config.dtype if config.mapping.world_size > 1 else None

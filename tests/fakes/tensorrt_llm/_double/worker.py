@@ -173,10 +173,19 @@ class Worker:
 
     def _accept(self, request: int, prompt: list[int], params: dict[str, Any], is_streaming: bool) -> Sequence:
         limits = self._settings
-        if len(prompt) > limits["max_input_len"]:
-            raise Refused(f"Prompt length ({len(prompt)}) exceeds maximum input length ({limits['max_input_len']}).")
+        longest = limits["max_input_len"]
+        if len(prompt) > longest:
+            raise Refused(
+                f"Prompt length ({len(prompt)}) exceeds maximum input length ({longest}). Set log level to info and "
+                "check TrtGptModel logs for how maximum input length is set"
+            )
         if not all(0 <= token < self._vocab_size for token in prompt):
             raise Refused(f"Token id out of range: the vocabulary has {self._vocab_size} tokens")
+        if not 0 <= (params["seed"] or 0) < 2**64 or (params["repetition_penalty"] or 1) <= 0:
+            raise Refused("Invalid sampling parameters: the seed, or the repetition penalty, is out of range")
+        banned = (*(params["bad_token_ids"] or ()), *(params["stop_token_ids"] or ()))
+        if not all(0 <= token < self._vocab_size for token in banned):
+            raise Refused(f"Stop or bad token id out of range: the vocabulary has {self._vocab_size} tokens")
         room = limits["max_seq_len"] - len(prompt)
         if room < 1:
             raise Refused(f"Prompt length ({len(prompt)}) leaves no room in max_seq_len ({limits['max_seq_len']})")
@@ -200,6 +209,7 @@ class Worker:
 
     def _step(self) -> None:
         begin, allocated = time.perf_counter(), self._blocks.allocated
+        self._num_completed = 0
         error = self._obey_faults()
         responses = [self._end(one, "cancelled") for one in (*self._waiting, *self._active) if one.is_aborted]
         self._admit()

@@ -132,7 +132,10 @@ class RequestOutput:
         return self
 
     def abort(self) -> None:
-        self._executor().abort_request(self.request_id)
+        executor = self._executor()
+        if executor is None or executor.is_dropped:
+            raise AttributeError("'NoneType' object has no attribute 'abort_request'")
+        executor.abort_request(self.request_id)
         self._aborted = True
 
     def aborted(self) -> bool:
@@ -188,6 +191,8 @@ class RequestOutput:
         )
 
     def _handle(self, response: dict[str, Any]) -> None:
+        if "is_background" in response:
+            self._executor().raise_background_error()
         if "error" in response:
             self._failed = True
             raise RequestError(response["error"])

@@ -137,6 +137,7 @@ class BaseLLM:
 
     def shutdown(self) -> None:
         if self._executor is not None:
+            self._executor.is_dropped = True
             self._executor.shutdown()
             self._executor = None
 
@@ -191,6 +192,10 @@ class _TrtLLM(BaseLLM):
         if args.enable_chunked_prefill and not build_config["plugin_config"]["use_paged_context_fmha"]:
             raise RuntimeError("the double: chunked prefill needs an engine with use_paged_context_fmha")
         self._check_limits(build_config)
+        max_num_tokens = args.max_num_tokens or build_config["max_num_tokens"]
+        # With packed input and fused attention, the default, the engine's max_input_len is of no account.
+        longest = build_config["max_seq_len"] - 1
+        max_input_len = longest if args.enable_chunked_prefill else min(longest, max_num_tokens)
         return self._settings(
             folder,
             is_engine=True,
@@ -198,9 +203,9 @@ class _TrtLLM(BaseLLM):
             pp_size=pretrained["mapping"]["pp_size"],
             dtype=None,
             max_batch_size=args.max_batch_size or build_config["max_batch_size"],
-            max_num_tokens=args.max_num_tokens or build_config["max_num_tokens"],
+            max_num_tokens=max_num_tokens,
             max_seq_len=build_config["max_seq_len"],
-            max_input_len=build_config["max_input_len"],
+            max_input_len=max_input_len,
             tokens_per_block=build_config["plugin_config"]["tokens_per_block"],
             reuses_blocks=args.kv_cache_config.enable_block_reuse
             and build_config["plugin_config"]["use_paged_context_fmha"],
