@@ -98,6 +98,8 @@ def coerce(value: Any, type_: str, what: str, error: type[Exception] = Validatio
     for name, made in _choices(type_):
         if _fits(value, made):
             return value
+        if error is not ValidationError:
+            continue  # only pydantic converts
         if isinstance(value, str) and name in enumerations:
             try:
                 return enumerations[name](value)
