@@ -18,16 +18,18 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+import llm_arguments
 from assemble import Settings, assemble, check_output, check_served_name
+from calibration import DEFAULT_DATASET
 from checkpoint import Checkpoint, resolve
 from engine_manifest import EngineManifest
-from errors import BuildError, UnsupportedError, UsageError
+from errors import BuildError, UsageError
 from gpus import Gpu, find_gpus
 from plan import (
     DTYPES,
@@ -48,9 +50,13 @@ from store import Store
 
 _log = logging.getLogger("engines")
 
-# Engine kind -> the module in compilers/ that builds it, and what to say for a kind that has none.
-COMPILERS = {"openvino": "openvino_compiler", "synthetic": "synthetic_compiler"}
-_NO_COMPILER = "--engine {kind} is not built by this version yet; build for the CPU with --engine openvino"
+# Engine kind -> the module in compilers/ that builds it.
+COMPILERS = {
+    "tensorrt": "tensorrt_compiler",
+    "pytorch": "pytorch_compiler",
+    "openvino": "openvino_compiler",
+    "synthetic": "synthetic_compiler",
+}
 
 _SERVE = Path(__file__).resolve().parent.parent / "scripts/serve.py"
 
@@ -93,12 +99,11 @@ def build(request: BuildRequest, options: Options) -> dict[str, Any]:
     _log.info("engine: %s (%s)", kind, reason)
     # Planning needs neither a GPU nor the libraries that build for one.
     compiler = None if options.plan_only and kind in GPU_ENGINES else _compiler(kind)
+    _check_options(kind, request, options)
     if compiler is not None:
         compiler.check_request(request)
-    if kind != "synthetic" and request.synthetic is not None:
-        raise UsageError(f"--synthetic is for --engine synthetic, and this engine is {kind}; leave it out")
-    if kind == "synthetic" and options.verify:
-        raise UsageError("--verify compares answers with transformers, and those of a synthetic engine are made up")
+        if kind == "tensorrt":  # which builds for the GPU that it runs on
+            request = replace(request, gpu=compiler.target_gpus(request.gpu)[0].product)
     checkpoint = resolve(
         request.model,
         revision=request.revision,
@@ -111,7 +116,7 @@ def build(request: BuildRequest, options: Options) -> dict[str, Any]:
     if compiler is None:
         return _plan_for_gpus(request, checkpoint, kind, gpus)
     plan = make_plan(request, checkpoint, kind, compiler.versions())
-    compiler.check(plan)
+    compiler.check(plan, read_config(checkpoint))
     served_name = options.served_name or _default_name(request, checkpoint)
     output = options.output or Path("out") / served_name
     check_served_name(served_name)
@@ -123,7 +128,7 @@ def build(request: BuildRequest, options: Options) -> dict[str, Any]:
         stored = store.find(plan) if has_weights else None
         sizes = size_plan(plan, read_config(checkpoint))
         return report | {"stored": str(stored) if stored else None, "sizing": sizes}
-    engine = _compile(plan, checkpoint, compiler, store, force=options.force)
+    engine = _compile(plan, checkpoint, compiler, store, options)
     report |= {"engine": str(engine.folder), "was_stored": engine.was_stored}
     if options.verify:
         report["verified"] = _verify(engine, checkpoint, trust_remote_code=request.trust_remote_code)
@@ -146,6 +151,21 @@ def _plan_for_gpus(
     return _planned(plan, checkpoint) | {"key": None, "stored": None, "sizing": sizes}
 
 
+def _check_options(kind: EngineKind, request: BuildRequest, options: Options) -> None:
+    """Options that are for other kinds. Raises UsageError."""
+    if kind != "synthetic" and request.synthetic is not None:
+        raise UsageError(f"--synthetic is for --engine synthetic, and this engine is {kind}; leave it out")
+    if kind not in GPU_ENGINES and request.llm_arguments:
+        raise UsageError(f"--llm-args is for TensorRT-LLM's engines, and this engine is {kind}; leave it out")
+    if kind == "synthetic" and options.verify:
+        raise UsageError("--verify compares answers with transformers, and those of a synthetic engine are made up")
+    if kind in GPU_ENGINES and options.verify:
+        raise UsageError(
+            f"--verify runs CPU engines only, and this engine is {kind}; leave it out, and compare it on a GPU with "
+            "scripts/gpu_smoke.py"
+        )
+
+
 def _planned(plan: EnginePlan, checkpoint: Checkpoint) -> dict[str, Any]:
     return {"model": checkpoint.model, "revision": checkpoint.revision, "plan": asdict(plan)}
 
@@ -158,20 +178,23 @@ def _default_name(request: BuildRequest, checkpoint: Checkpoint) -> str:
 
 
 def _compiler(kind: EngineKind):
-    if kind not in COMPILERS:
-        raise UnsupportedError(_NO_COMPILER.format(kind=kind))
     return import_module(f"compilers.{COMPILERS[kind]}")
 
 
-def _compile(plan: EnginePlan, checkpoint: Checkpoint, compiler, store: Store, *, force: bool) -> Engine:
+def _compile(plan: EnginePlan, checkpoint: Checkpoint, compiler, store: Store, options: Options) -> Engine:
     key = store.key_of(plan)
     was_stored = True
 
     def compile_into(folder: Path) -> EngineManifest:
         nonlocal was_stored
         was_stored = False
+        if options.offline and plan.calibration == DEFAULT_DATASET:
+            raise UsageError(
+                f"quantizing downloads {DEFAULT_DATASET} from the hub, and --offline was given; name a folder with "
+                "texts by --calibration-data"
+            )
         _log.info("engine: building %s, %s, quantization %s", plan.model, plan.dtype, plan.quantization)
-        compiled = compiler.compile(plan, checkpoint, folder)
+        compiled = compiler.compile(plan, checkpoint, folder, store.kept_folder(plan))
         return EngineManifest(
             key=key,
             engine=plan.engine,
@@ -190,13 +213,13 @@ def _compile(plan: EnginePlan, checkpoint: Checkpoint, compiler, store: Store, *
             eos_token_ids=list(compiled.eos_token_ids),
             pad_token_id=compiled.pad_token_id,
             kv_bytes_per_token=compiled.kv_bytes_per_token,
-            gpu=None,
+            gpu=dict(zip(("product", "compute_capability"), compiled.gpu, strict=True)) if compiled.gpu else None,
             versions=dict(plan.compiler_versions),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             files={},  # the store fills them in, when it has read them
         )
 
-    folder = store.build_once(plan, compile_into, force=force)
+    folder = store.build_once(plan, compile_into, force=options.force)
     _log.info("engine: %s%s", folder, " (stored)" if was_stored else "")
     return Engine(folder=folder, key=key, was_stored=was_stored)
 
@@ -252,10 +275,27 @@ def parse(argv: list[str]) -> tuple[BuildRequest, Options, argparse.Namespace]:
         default="auto",
         help="type of the KV cache on NVIDIA GPUs (default: auto, that of --dtype)",
     )
+    what.add_argument(
+        "--calibration-data",
+        type=_path,
+        metavar="DIR",
+        help="texts for --quantization fp8, int4_awq, int8_sq and for --kv-cache-dtype: a data set with the split "
+        "'train' and the column 'text' (default: cnn_dailymail, downloaded)",
+    )
+    what.add_argument(
+        "--llm-args",
+        type=_llm_arguments,
+        default={},
+        metavar="JSON|@FILE",
+        help="arguments of TensorRT-LLM's LLM class that the server is to load the engine with, checked by name and "
+        "type (default: none)",
+    )
     what.add_argument("--tp", type=_positive, default=1, metavar="N", help="tensor parallel GPUs (default: 1)")
     what.add_argument("--pp", type=_positive, default=1, metavar="N", help="pipeline parallel GPUs (default: 1)")
     what.add_argument(
-        "--gpu", metavar="PRODUCT", help="GPU product to build for, as in the label nvidia.com/gpu.product"
+        "--gpu",
+        metavar="PRODUCT",
+        help="GPU product to build for, as in the label nvidia.com/gpu.product (default: this machine's)",
     )
     what.add_argument(
         "--max-batch-size", type=_positive, metavar="N", help="sequences generated at the same time (default: 16)"
@@ -361,6 +401,8 @@ def parse(argv: list[str]) -> tuple[BuildRequest, Options, argparse.Namespace]:
         max_seq_len=arguments.max_seq_len,
         trust_remote_code=arguments.trust_remote_code,
         synthetic=arguments.synthetic,
+        calibration_data=arguments.calibration_data,
+        llm_arguments=arguments.llm_args,
     )
     options = Options(
         served_name=arguments.served_name,
@@ -393,6 +435,13 @@ def _path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
     return Path(os.path.expanduser(text))  # --output=~/x reaches us with its '~'
+
+
+def _llm_arguments(text: str) -> dict[str, Any]:
+    try:
+        return llm_arguments.read(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _synthetic_rates(text: str) -> SyntheticRates:

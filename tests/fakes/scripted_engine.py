@@ -48,7 +48,7 @@ class ScriptedEngine:
     """See `generation.Engine`. Generates nothing by itself."""
 
     capabilities: Collection[Capability] = frozenset(
-        {"beam_search", "log_probs", "bad_words", "min_tokens", "no_end_id"}
+        {"beam_search", "log_probs", "bad_words", "min_tokens", "no_end_id", "penalties", "seed"}
     )
 
     computes_on_cpu = False

@@ -159,7 +159,7 @@ def test_what_was_decided_is_said(cli: Cli, compiler: FakeCompiler):
 
 
 def test_a_gpu_decides_for_tensorrt(cli: Cli, monkeypatch: pytest.MonkeyPatch):
-    gpu = Gpu(product="NVIDIA-L4", compute_capability="8.9", memory_mib=23034)
+    gpu = Gpu(index=0, product="NVIDIA-L4", compute_capability="8.9", memory_mib=23034)
     monkeypatch.setattr(engines, "find_gpus", lambda: [gpu])
     assert "engine: tensorrt (auto: this machine has NVIDIA-L4)\n" in cli("--plan").err
 
@@ -448,7 +448,7 @@ def test_a_gpu_that_is_named_is_planned_for(cli: Cli, only_config: Callable[...,
 def test_the_gpu_of_this_machine_comes_first_with_its_own_memory(
     cli: Cli, only_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ):
-    gpu = Gpu(product="NVIDIA-L4", compute_capability="8.9", memory_mib=20000)
+    gpu = Gpu(index=0, product="NVIDIA-L4", compute_capability="8.9", memory_mib=20000)
     monkeypatch.setattr(engines, "find_gpus", lambda: [gpu])
     sizing = cli("--plan", "--json", model=only_config()).document["sizing"]
     assert (sizing["detailed"], sizing["gpus"][0]["product"]) == ("NVIDIA-L4", "NVIDIA-L4")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from request_reading import Prompt, RequestReader
 from tokenizers import Tokenizer
 
 LIMITS = EngineLimits(max_batch_size=8, max_input_len=10, max_seq_len=16, max_beam_width=4, vocab_size=900)
-ALL: frozenset[Capability] = frozenset({"beam_search", "log_probs", "bad_words", "min_tokens", "no_end_id"})
+ALL: frozenset[Capability] = frozenset(get_args(Capability))
 
 DTYPES = {
     **dict.fromkeys(("seed", "random_seed"), np.uint64),
@@ -360,6 +360,11 @@ def test_the_first_wrong_row_fails_the_request(reader: RequestReader):
         ("min_tokens", {"min_tokens": 2}, "min_tokens above 1"),
         ("min_tokens", {"min_length": 2}, "min_tokens above 1"),
         ("no_end_id", {"end_id": -1}, r"end_id -1 \(never end before max_tokens\)"),
+        ("penalties", {"repetition_penalty": 1.1}, "a repetition_penalty, presence_penalty or frequency_penalty"),
+        ("penalties", {"presence_penalty": 0.1}, "a repetition_penalty, presence_penalty or frequency_penalty"),
+        ("penalties", {"frequency_penalty": -0.1}, "a repetition_penalty, presence_penalty or frequency_penalty"),
+        ("seed", {"seed": 0, "temperature": 0.7}, "seed"),
+        ("seed", {"random_seed": 5, "runtime_top_p": 0.7}, "seed"),
     ],
 )
 def test_what_the_engine_cannot_do_is_refused(byte_level: Tokenizer, missing: Capability, values: dict, what: str):
@@ -367,6 +372,11 @@ def test_what_the_engine_cannot_do_is_refused(byte_level: Tokenizer, missing: Ca
     with pytest.raises(RequestError, match=f"{what} is not something the engine 'scripted' can do; leave it out"):
         read(reader, **values)
     assert read(make_reader(byte_level), **values)
+
+
+@pytest.mark.parametrize("values", [{"repetition_penalty": 1.0, "presence_penalty": 0.0}, {"seed": 5}, {"seed": None}])
+def test_what_changes_nothing_needs_no_capability(byte_level: Tokenizer, values: dict):
+    assert read(make_reader(byte_level, capabilities=frozenset()), **values)
 
 
 # ---- sampling ----------------------------------------------------------------------------------------------------

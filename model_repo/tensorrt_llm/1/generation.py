@@ -19,7 +19,7 @@ FinishReason = Literal["", "stop", "length", "timeout", "cancelled"]
 Refusal = Literal["queue_full", "queue_timeout"]
 
 # What an engine may or may not be able to do; a request that needs more is refused with a sentence.
-Capability = Literal["beam_search", "log_probs", "bad_words", "min_tokens", "no_end_id"]
+Capability = Literal["beam_search", "log_probs", "bad_words", "min_tokens", "no_end_id", "penalties", "seed"]
 
 
 class RequestError(Exception):

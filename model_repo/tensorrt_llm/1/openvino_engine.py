@@ -31,7 +31,9 @@ def runtime_versions() -> dict[str, str]:
 class OpenVinoEngine:
     """See `generation.Engine`. Raises EngineError when the engine cannot be loaded."""
 
-    capabilities: frozenset[Capability] = frozenset({"beam_search", "log_probs", "min_tokens", "no_end_id"})
+    capabilities: frozenset[Capability] = frozenset(
+        {"beam_search", "log_probs", "min_tokens", "no_end_id", "penalties", "seed"}
+    )
     computes_on_cpu = True
 
     def __init__(self, folder: Path, manifest: EngineManifest):

@@ -204,7 +204,7 @@ class RequestReader:
         return max_tokens
 
     def _min_tokens(self, row: _Row, max_tokens: int) -> int:
-        min_tokens = row.either("min_tokens", "min_length", 0)
+        min_tokens = row.either("min_tokens", "min_length") or 0
         if not 0 <= min_tokens <= max_tokens:
             raise RequestError(f"min_tokens is {min_tokens}; it must be 0 to max_tokens, here {max_tokens}")
         if min_tokens > 1:  # 1 is NVIDIA's default and always true
@@ -252,16 +252,24 @@ class RequestReader:
         repetition_penalty = row.number("repetition_penalty", 1.0)
         if repetition_penalty <= 0.0:
             raise RequestError(f"repetition_penalty is {repetition_penalty:g}; it must be above 0 (1 changes nothing)")
+        presence_penalty = row.number("presence_penalty", 0.0, at_least=-2.0, at_most=2.0)
+        frequency_penalty = row.number("frequency_penalty", 0.0, at_least=-2.0, at_most=2.0)
+        if repetition_penalty != 1.0 or presence_penalty or frequency_penalty:
+            self._need("penalties", "a repetition_penalty, presence_penalty or frequency_penalty")
+        seed = row.either("seed", "random_seed")
+        greedy = not asked or beam_width > 1 or top_k == 1 or top_p == 0.0 or temperature < _GREEDY_TEMPERATURE
+        if seed is not None and not greedy:
+            self._need("seed", "seed")
         return Sampling(
             temperature=temperature,
             top_k=min(top_k, self.limits.vocab_size),
             top_p=top_p,
-            greedy=not asked or beam_width > 1 or top_k == 1 or top_p == 0.0 or temperature < _GREEDY_TEMPERATURE,
+            greedy=greedy,
             # Without a seed every request gets its own: an engine's fixed default would repeat the same "random" text.
-            seed=row.either("seed", "random_seed", secrets.randbits(63)),
+            seed=secrets.randbits(63) if seed is None else seed,
             repetition_penalty=repetition_penalty,
-            presence_penalty=row.number("presence_penalty", 0.0, at_least=-2.0, at_most=2.0),
-            frequency_penalty=row.number("frequency_penalty", 0.0, at_least=-2.0, at_most=2.0),
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
             beam_width=beam_width,
             length_penalty=length_penalty,
         )
@@ -342,14 +350,15 @@ class _Row:
             raise RequestError(f"{_name(name)} is {value:g}; it must be {rule}")
         return float(value)
 
-    def either(self, name: str, old_name: str, default: int) -> int:
-        """One value under its present or its older name."""
+    def either(self, name: str, old_name: str) -> int | None:
+        """One value under its present or its older name; None if there is none."""
         value, old_value = self._one(name), self._one(old_name)
         if value is not None and old_value is not None and value != old_value:
             raise RequestError(
                 f"{name} is {value} and {old_name} is {old_value}; they mean the same, so send one of them"
             )
-        return int(next((v for v in (value, old_value) if v is not None), default))
+        either = old_value if value is None else value
+        return None if either is None else int(either)
 
     def word_list(self, name: str, vocab_size: int) -> list[tuple[int, ...]]:
         """NVIDIA's INT32 [2, n]: ids one word after the other, then where each word ends; -1 fills the second row."""

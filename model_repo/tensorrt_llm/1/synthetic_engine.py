@@ -38,7 +38,7 @@ class _Sequence:
 class SyntheticEngine:
     """See `generation.Engine`."""
 
-    capabilities: frozenset[Capability] = frozenset({"min_tokens", "no_end_id"})
+    capabilities: frozenset[Capability] = frozenset({"min_tokens", "no_end_id", "penalties", "seed"})
 
     computes_on_cpu = False  # it stands for those that do not
 

@@ -35,6 +35,10 @@ class Sampler:
             for name, neutral in (("repetition_penalty", 1), ("presence_penalty", 0), ("frequency_penalty", 0))
         )
 
+    def share(self, random: np.random.Generator) -> None:
+        """Draw from numbers that other requests draw from, too: the seed means nothing then."""
+        self._random = random
+
     def is_plain(self, num_generated: int) -> bool:
         """Whether the token is the best one, and nothing else has a say."""
         is_early = num_generated < (self._params["min_tokens"] or 0)

@@ -27,6 +27,15 @@ from .gpt2 import Gpt2
 from .kv_blocks import KvBlocks
 from .sampling import Sampler, log_probabilities
 
+# SamplingParams takes them, and TorchSampler of 1.2 does not look at them (TensorRT-LLM issue 9442, pull requests 16485
+# and 17172); nor at the seed.
+IGNORED_BY_TORCH_SAMPLER = {
+    "repetition_penalty": None,
+    "presence_penalty": None,
+    "frequency_penalty": None,
+    "bad_token_ids": None,
+}
+
 
 @dataclass(eq=False)
 class Sequence:
@@ -142,6 +151,7 @@ class Worker:
         self._active: list[Sequence] = []
         self._free_slots = list(range(settings["max_batch_size"]))
         self._num_steps = self._num_completed = self._num_new = 0
+        self._random = np.random.default_rng(42)  # TorchSampler's, for all requests
         self._faults: dict[str, Any] = {}
         self._steps_since_fault = 0
 
@@ -197,7 +207,11 @@ class Worker:
         max_tokens = min(asked, room)
         if self._blocks.needed(len(prompt) + max_tokens) > self._blocks.total:
             raise Refused(f"The request needs more KV cache than the {self._blocks.total} blocks that there are")
+        if limits["has_torch_sampler"]:
+            params = params | IGNORED_BY_TORCH_SAMPLER
         sampler = Sampler(params, prompt, self._vocab_size, is_engine=limits["is_engine"])
+        if limits["has_torch_sampler"]:
+            sampler.share(self._random)
         return Sequence(request, prompt, params, is_streaming, max_tokens, sampler, time.monotonic())
 
     def _abort(self, request: int) -> None:

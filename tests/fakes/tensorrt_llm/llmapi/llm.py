@@ -15,6 +15,7 @@ from .._double import checkpoints, machine
 from .._double.contract import ValidationError, bind, checked, parameters
 from .._double.executor import Executor
 from .._double.records import KvCacheConfig, SamplingParams, SchedulerConfig
+from .._torch.models import MODEL_CLASS_MAPPING
 from ..executor.result import IterationResult, RequestOutput, running_loop
 from ..executor.utils import RequestError
 
@@ -68,6 +69,7 @@ class BaseLLM:
             "tokens_per_block": kv.tokens_per_block,
             "stream_interval": 1,
             "has_statistics": True,
+            "has_torch_sampler": False,
             **more,
         }
 
@@ -272,6 +274,10 @@ class LLM(BaseLLM):
         sm = machine.need_gpu().sm
         if sm < _LEAST_SM.get(algorithm, 0):
             raise RuntimeError(f"{algorithm} weights need SM {_LEAST_SM[algorithm]} or newer, this GPU is SM {sm}")
+        architecture = content["architectures"][0]
+        if architecture not in MODEL_CLASS_MAPPING:
+            unknown = ValueError(f"Unknown architecture for AutoModelForCausalLM: {architecture}")
+            raise RuntimeError("Executor worker returned error") from unknown
         max_positions = checkpoints.describe(content)["max_position_embeddings"]
         max_seq_len = args.max_seq_len or max_positions
         return self._settings(
@@ -286,6 +292,8 @@ class LLM(BaseLLM):
             max_input_len=args.max_input_len or max_seq_len,
             stream_interval=args.stream_interval,
             has_statistics=args.enable_iter_perf_stats,
+            # "auto" is TorchSampler, where there is one beam.
+            has_torch_sampler=args.sampler_type != "TRTLLMSampler",
         )
 
     def _check_arguments(self, num_prompt_tokens: int, params: SamplingParams) -> None:
