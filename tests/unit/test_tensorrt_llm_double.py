@@ -35,7 +35,8 @@ TOKENIZER = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrtllmEnvironment]:
     """The double, importable in this process for the tests of this file only."""
-    made = trtllm_environment.make(tmp_path_factory.mktemp("double") / "environment")
+    folder = tmp_path_factory.mktemp("double") / "environment"
+    made = trtllm_environment.make(folder, pytorch_also=["GPT2LMHeadModel"])
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(made.site)
         patch.setenv("TENSORRT_LLM_DOUBLE", str(made.settings))
@@ -485,6 +486,12 @@ def test_pytorch_llm_refuses_an_engine(trt: SimpleNamespace, engines: dict[tuple
         trt.LLM(str(engines[1, 1]), skip_tokenizer_init=True)
 
 
+def test_pytorch_llm_has_architectures(tmp_path: Path) -> None:
+    made = trtllm_environment.make(tmp_path / "environment")
+    answer = run_python(made, f"from tensorrt_llm import LLM; LLM({str(DEMO)!r}, skip_tokenizer_init=True)")
+    assert "ValueError: Unknown architecture for AutoModelForCausalLM: GPT2LMHeadModel" in answer
+
+
 def test_no_build_beside_an_llm(trt: SimpleNamespace, engines: dict[tuple[int, int], Path], tmp_path: Path) -> None:
     with load(trt, engines[1, 1]):
         with pytest.raises(RuntimeError, match="while an LLM runs"):
@@ -614,6 +621,8 @@ REFUSED_REQUESTS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     ([1], {"max_tokens": 1024}, ValueError, "should not exceed max_seq_len"),
     ([1], {"logprobs": 1}, ValueError, "gather_generation_logits=True"),
     ([1], {"use_beam_search": True, "n": 2}, ValueError, "cannot exceed max_beam_width"),
+    ([1], {"exclude_input_from_output": False}, NotImplementedError, "exclude_input_from_output"),
+    ([1], {"no_repeat_ngram_size": 2}, NotImplementedError, "no_repeat_ngram_size"),
 ]
 
 
@@ -773,10 +782,11 @@ def test_death_of_a_rank_comes_out_at_the_next_request(
     trt: SimpleNamespace, environment: TrtllmEnvironment, engines: dict[tuple[int, int], Path], rank: int
 ) -> None:
     async def watch() -> None:
-        task = asyncio.create_task(ask(trt, llm, QUESTION, ignore_eos=True, max_tokens=1000))
-        await asyncio.sleep(0.1)
-        environment.inject(kill_rank=rank)
-        done, _ = await asyncio.wait([task], timeout=0.5)
+        # Without streaming there is no response on the way that the error could be raised with.
+        result = llm.generate_async(QUESTION, sampling(trt, ignore_eos=True, max_tokens=1000))
+        task = asyncio.ensure_future(result.aresult())
+        environment.inject(kill_rank=rank, step_seconds=0.01)
+        done, _ = await asyncio.wait([task], timeout=1)
         assert not done
         with pytest.raises(RuntimeError, match=f"rank {rank} died with signal SIGKILL"):
             llm.generate_async(QUESTION, sampling(trt), streaming=True)

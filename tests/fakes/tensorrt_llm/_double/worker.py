@@ -343,13 +343,13 @@ class Worker:
 
     def _num_blocks(self, config: dict[str, Any]) -> int:
         settings = self._settings
-        if settings["kv_max_tokens"] is not None:
-            return max(1, settings["kv_max_tokens"] // settings["tokens_per_block"])
         size = {"fp8": 1, "int8": 1}.get(settings["kv_dtype"], 2)
         per_layer = 2 * config["num_key_value_heads"] * config["head_size"] * size
         per_token = per_layer * config["num_hidden_layers"] / (settings["tp_size"] * settings["pp_size"])
         memory = min(gpu.memory_mib for gpu in machine.visible_gpus()) * 2**20 * settings["kv_fraction"]
-        return max(1, int(memory / per_token) // settings["tokens_per_block"])
+        asked = settings["kv_max_tokens"]
+        num_tokens = memory / per_token if asked is None else min(asked, memory / per_token)
+        return max(1, int(num_tokens) // settings["tokens_per_block"])
 
     def _statistics(self, begin: float, allocated: int, counts: dict[str, int]) -> str:
         limits, scheduled = self._settings, counts["context"] + counts["generation"]

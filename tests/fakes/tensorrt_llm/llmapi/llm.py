@@ -24,6 +24,14 @@ __all__ = ["LLM", "KvCacheConfig", "SchedulerConfig"]
 _ENGINE = "LLM(TensorRT)"
 _PYTORCH = "LLM(PyTorch)"
 _LEAST_SM = {"FP8": 89, "NVFP4": 100}
+# What the double computes, or what changes nothing for token ids. Everything else must have its default.
+_KNOWN_SAMPLING = {
+    *("end_id", "pad_id", "max_tokens", "min_tokens", "ignore_eos", "stop", "bad", "stop_token_ids", "bad_token_ids"),
+    *("include_stop_str_in_output", "n", "best_of", "use_beam_search", "temperature", "top_k", "top_p", "min_p"),
+    *("seed", "repetition_penalty", "presence_penalty", "frequency_penalty", "prompt_ignore_length", "logprobs"),
+    *("prompt_logprobs", "return_perf_metrics", "detokenize", "add_special_tokens", "skip_special_tokens"),
+    "spaces_between_special_tokens",
+}
 
 
 async def _nothing() -> AsyncIterator[dict[str, Any]]:
@@ -87,6 +95,9 @@ class BaseLLM:
         self._check_arguments(len(prompt), params)
         if not prompt:
             raise IndexError("list index out of range")
+        for name, known in SamplingParams.model_fields.items():
+            if name not in _KNOWN_SAMPLING and getattr(params, name) != known.default:
+                raise NotImplementedError(f"the double: SamplingParams.{name} = {getattr(params, name)!r}")
         if params.use_beam_search or params.best_of > 1:
             raise NotImplementedError("the double: several answers to one prompt")
         executor = self._executor
