@@ -281,6 +281,22 @@ def test_timing_cache_goes_to_the_current_directory(
         trt.build(convert(trt), trt.BuildConfig(output_timing_cache="no/such/folder"))
 
 
+@pytest.mark.parametrize(
+    ("asked", "built"),
+    [
+        ({"max_batch_size": 2, "max_seq_len": 100}, (100, 200)),  # max_input_len is 1024, max_num_tokens 8192
+        ({"max_num_tokens": 8, "max_input_len": 8}, (8, 32)),
+        ({}, (1024, 8192)),
+    ],
+)
+def test_limits_that_do_not_fit_are_changed(
+    trt: SimpleNamespace, tmp_path: Path, asked: dict[str, int], built: tuple[int, int]
+) -> None:
+    config = trt.BuildConfig(output_timing_cache=str(tmp_path / "model.cache"), **asked)
+    result = trt.build(convert(trt), config).config.build_config
+    assert (result.max_input_len, result.max_num_tokens) == built
+
+
 def test_model_is_built_once(trt: SimpleNamespace, tmp_path: Path) -> None:
     model, config = convert(trt), trt.BuildConfig(output_timing_cache=str(tmp_path / "model.cache"))
     trt.build(model, config)
@@ -773,6 +789,18 @@ def test_background_error_reaches_one_request(trt: SimpleNamespace, environment:
             llm.generate_async(QUESTION, sampling(trt), streaming=True)
         for task in hanging:
             task.cancel()
+
+    asyncio.run(watch())
+
+
+def test_death_may_reach_one_request(trt: SimpleNamespace, environment: TrtllmEnvironment, llm: Any) -> None:
+    async def watch() -> None:
+        results = [llm.generate_async(QUESTION, sampling(trt, ignore_eos=True, max_tokens=1000)) for _ in range(2)]
+        tasks = [asyncio.ensure_future(result.aresult()) for result in results]
+        environment.inject(kill_rank=0, step_seconds=0.01, death_reaches_one=True)
+        done, hanging = await asyncio.wait(tasks, timeout=1)
+        assert [str(task.exception()) for task in done] == ["Executor worker of rank 0 died with signal SIGKILL"]
+        assert len(hanging) == 1
 
     asyncio.run(watch())
 
