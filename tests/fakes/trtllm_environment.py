@@ -54,10 +54,19 @@ class TrtllmEnvironment:
     settings: Path  # read again by the double whenever it has changed
 
     def inject(self, **faults: Any) -> None:
-        """These faults and no others, also in processes that run already."""
+        """These faults and no others, also in processes that run already.
+
+        Building: build_seconds; build_dies_at_rank (the process ends with 139); build_fails_at_rank, build_error.
+        Loading: load_seconds; load_error, which only the worker's log tells.
+        Serving: step_seconds; fail_request_at_token (of every request that gets there), request_error;
+        background_error_at_step, background_error; hang_at_step; kill_rank; ignore_abort; no_stats. Steps count from
+        when the engine sees the fault, 1 is the next. After kill_rank nobody is told before the next request, unless
+        death_reaches_one is given: then one of those that wait is.
+        """
         self.change(faults=faults)
 
     def change(self, **settings: Any) -> None:
+        """Another machine: gpus, tensorrt, tensorrt_llm (the versions that it tells), has_network."""
         _write(self.settings, {**json.loads(self.settings.read_text()), **settings})
 
 

@@ -10,6 +10,8 @@ ranks and run, in numpy.
 Where it is stricter than the library it says so in its messages ("the double: ..."): no wrong types, though pydantic
 would convert many; a SamplingParams serves once; one event loop.
 
+Its PyTorch backend runs GPT-2, which the library's does not have (trtllm_environment.py registers it on request).
+
 What it does not cover: other models than GPT-2 (built, not run), beam search, speculative and guided decoding, LoRA,
 prompt tuning, several nodes, the memory and time that anything takes, quantized arithmetic (weights stay exact), and
 whatever the fact sheet marks as not confirmed.

@@ -124,7 +124,20 @@ def _fill_in(build_config: BuildConfig, config: PretrainedConfig) -> None:
         build_config.max_seq_len = longest
         machine.log("I", f"max_seq_len is not specified, using deduced value {longest}")
     elif build_config.max_seq_len > longest:
-        machine.log("W", f"Specified max_seq_len {build_config.max_seq_len} is larger than deduced value {longest}")
+        machine.log("W", f"max_seq_len {build_config.max_seq_len} is larger than max_position_embeddings {longest}")
+    if build_config.max_input_len > build_config.max_seq_len:
+        machine.log("W", f"max_input_len is clipped to max_seq_len {build_config.max_seq_len}")
+        build_config.max_input_len = build_config.max_seq_len
+    most, least = build_config.max_seq_len * build_config.max_batch_size, build_config.plugin_config.tokens_per_block
+    if build_config.max_num_tokens > most:
+        machine.log("W", f"max_num_tokens is set to max_seq_len * max_batch_size = {most}")
+        build_config.max_num_tokens = most
+    elif build_config.max_num_tokens < least:
+        machine.log("W", f"max_num_tokens is set to tokens_per_block {least}; it needs context chunking at runtime")
+        build_config.max_num_tokens = least
+    if build_config.opt_num_tokens is None:
+        widest = build_config.max_batch_size * build_config.max_beam_width
+        build_config.opt_num_tokens = min(widest, build_config.max_num_tokens)
     plugins = build_config.plugin_config
     plugins.dtype = config.dtype
     plugins.nccl_plugin = config.dtype if config.mapping.world_size > 1 else None

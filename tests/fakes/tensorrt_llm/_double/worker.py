@@ -183,10 +183,19 @@ class Worker:
 
     def _accept(self, request: int, prompt: list[int], params: dict[str, Any], is_streaming: bool) -> Sequence:
         limits = self._settings
-        if len(prompt) > limits["max_input_len"]:
-            raise Refused(f"Prompt length ({len(prompt)}) exceeds maximum input length ({limits['max_input_len']}).")
+        longest = limits["max_input_len"]
+        if len(prompt) > longest:
+            raise Refused(
+                f"Prompt length ({len(prompt)}) exceeds maximum input length ({longest}). Set log level to info and "
+                "check TrtGptModel logs for how maximum input length is set"
+            )
         if not all(0 <= token < self._vocab_size for token in prompt):
             raise Refused(f"Token id out of range: the vocabulary has {self._vocab_size} tokens")
+        if not 0 <= (params["seed"] or 0) < 2**64 or (params["repetition_penalty"] or 1) <= 0:
+            raise Refused("Invalid sampling parameters: the seed, or the repetition penalty, is out of range")
+        banned = (*(params["bad_token_ids"] or ()), *(params["stop_token_ids"] or ()))
+        if not all(0 <= token < self._vocab_size for token in banned):
+            raise Refused(f"Stop or bad token id out of range: the vocabulary has {self._vocab_size} tokens")
         room = limits["max_seq_len"] - len(prompt)
         if room < 1:
             raise Refused(f"Prompt length ({len(prompt)}) leaves no room in max_seq_len ({limits['max_seq_len']})")
@@ -214,6 +223,7 @@ class Worker:
 
     def _step(self) -> None:
         begin, allocated = time.perf_counter(), self._blocks.allocated
+        self._num_completed = 0
         error = self._obey_faults()
         responses = [self._end(one, "cancelled") for one in (*self._waiting, *self._active) if one.is_aborted]
         self._admit()
@@ -333,13 +343,13 @@ class Worker:
 
     def _num_blocks(self, config: dict[str, Any]) -> int:
         settings = self._settings
-        if settings["kv_max_tokens"] is not None:
-            return max(1, settings["kv_max_tokens"] // settings["tokens_per_block"])
         size = {"fp8": 1, "int8": 1}.get(settings["kv_dtype"], 2)
         per_layer = 2 * config["num_key_value_heads"] * config["head_size"] * size
         per_token = per_layer * config["num_hidden_layers"] / (settings["tp_size"] * settings["pp_size"])
         memory = min(gpu.memory_mib for gpu in machine.visible_gpus()) * 2**20 * settings["kv_fraction"]
-        return max(1, int(memory / per_token) // settings["tokens_per_block"])
+        asked = settings["kv_max_tokens"]
+        num_tokens = memory / per_token if asked is None else min(asked, memory / per_token)
+        return max(1, int(num_tokens) // settings["tokens_per_block"])
 
     def _statistics(self, begin: float, allocated: int, counts: dict[str, int]) -> str:
         limits, scheduled = self._settings, counts["context"] + counts["generation"]

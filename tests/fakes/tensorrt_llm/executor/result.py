@@ -20,6 +20,7 @@ __all__ = ["CompletionOutput", "IterationResult", "Logprob", "RequestOutput"]
 
 _NO_LOOP = "The asyncio event loop was not present during initialization, so async operations are not available."
 _FOREVER_SECONDS = 5.0  # how long the double waits where the library would for ever
+_TIMES = ("arrival_time", "first_scheduled_time", "first_token_time", "last_token_time")
 _FINISH_REASONS = {"end_id": "stop", "stop_words": "stop", "length": "length", "cancelled": "cancelled"}
 
 
@@ -132,7 +133,10 @@ class RequestOutput:
         return self
 
     def abort(self) -> None:
-        self._executor().abort_request(self.request_id)
+        executor = self._executor()
+        if executor is None or executor.is_dropped:
+            raise AttributeError("'NoneType' object has no attribute 'abort_request'")
+        executor.abort_request(self.request_id)
         self._aborted = True
 
     def aborted(self) -> bool:
@@ -188,6 +192,8 @@ class RequestOutput:
         )
 
     def _handle(self, response: dict[str, Any]) -> None:
+        if "is_background" in response:
+            self._executor().raise_background_error()
         if "error" in response:
             self._failed = True
             raise RequestError(response["error"])
@@ -220,7 +226,7 @@ class RequestOutput:
             if not self.sampling_params.include_stop_str_in_output:
                 output.token_ids = output.token_ids[:-1]
         if self.sampling_params.return_perf_metrics:
-            times = {name: timedelta(seconds=value) for name, value in response["times"].items()}
+            times = {name: timedelta(seconds=response["times"].get(name, 0)) for name in _TIMES}
             output.request_perf_metrics = SimpleNamespace(timing_metrics=SimpleNamespace(**times))
 
 

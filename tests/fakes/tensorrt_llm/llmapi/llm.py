@@ -24,6 +24,14 @@ __all__ = ["LLM", "KvCacheConfig", "SchedulerConfig"]
 _ENGINE = "LLM(TensorRT)"
 _PYTORCH = "LLM(PyTorch)"
 _LEAST_SM = {"FP8": 89, "NVFP4": 100}
+# What the double computes, or what changes nothing for token ids. Everything else must have its default.
+_KNOWN_SAMPLING = {
+    *("end_id", "pad_id", "max_tokens", "min_tokens", "ignore_eos", "stop", "bad", "stop_token_ids", "bad_token_ids"),
+    *("include_stop_str_in_output", "n", "best_of", "use_beam_search", "temperature", "top_k", "top_p", "min_p"),
+    *("seed", "repetition_penalty", "presence_penalty", "frequency_penalty", "prompt_ignore_length", "logprobs"),
+    *("prompt_logprobs", "return_perf_metrics", "detokenize", "add_special_tokens", "skip_special_tokens"),
+    "spaces_between_special_tokens",
+}
 
 
 async def _nothing() -> AsyncIterator[dict[str, Any]]:
@@ -87,6 +95,9 @@ class BaseLLM:
         self._check_arguments(len(prompt), params)
         if not prompt:
             raise IndexError("list index out of range")
+        for name, known in SamplingParams.model_fields.items():
+            if name not in _KNOWN_SAMPLING and getattr(params, name) != known.default:
+                raise NotImplementedError(f"the double: SamplingParams.{name} = {getattr(params, name)!r}")
         if params.use_beam_search or params.best_of > 1:
             raise NotImplementedError("the double: several answers to one prompt")
         executor = self._executor
@@ -139,6 +150,7 @@ class BaseLLM:
 
     def shutdown(self) -> None:
         if self._executor is not None:
+            self._executor.is_dropped = True
             self._executor.shutdown()
             self._executor = None
 
@@ -193,6 +205,10 @@ class _TrtLLM(BaseLLM):
         if args.enable_chunked_prefill and not build_config["plugin_config"]["use_paged_context_fmha"]:
             raise RuntimeError("the double: chunked prefill needs an engine with use_paged_context_fmha")
         self._check_limits(build_config)
+        max_num_tokens = args.max_num_tokens or build_config["max_num_tokens"]
+        # With packed input and fused attention, the default, the engine's max_input_len is of no account.
+        longest = build_config["max_seq_len"] - 1
+        max_input_len = longest if args.enable_chunked_prefill else min(longest, max_num_tokens)
         return self._settings(
             folder,
             is_engine=True,
@@ -200,9 +216,9 @@ class _TrtLLM(BaseLLM):
             pp_size=pretrained["mapping"]["pp_size"],
             dtype=None,
             max_batch_size=args.max_batch_size or build_config["max_batch_size"],
-            max_num_tokens=args.max_num_tokens or build_config["max_num_tokens"],
+            max_num_tokens=max_num_tokens,
             max_seq_len=build_config["max_seq_len"],
-            max_input_len=build_config["max_input_len"],
+            max_input_len=max_input_len,
             tokens_per_block=build_config["plugin_config"]["tokens_per_block"],
             reuses_blocks=args.kv_cache_config.enable_block_reuse
             and build_config["plugin_config"]["use_paged_context_fmha"],

@@ -26,7 +26,8 @@ class PretrainedConfig:
             machine.log("W", f"Implicitly setting {type(self).__name__}.{name} = {kwargs[name]}")
         if not isinstance(self.mapping, Mapping):
             self.mapping = Mapping(**(self.mapping or {}))
-        self.quantization = self.quantization or QuantConfig()
+        if not isinstance(self.quantization, QuantConfig):
+            self.quantization = QuantConfig(**(self.quantization or {}))
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> PretrainedConfig:
