@@ -15,6 +15,7 @@ model.
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import logging
 import os
@@ -62,7 +63,7 @@ log = logging.getLogger(__name__)
 
 OLDEST_VERSION, NEWEST_VERSION = (1, 2), (1, 2)  # that the calls are written for
 OPT_BATCH_SIZE = 8  # BuildConfig's default: what TensorRT chooses its kernels for
-NUM_LOG_CHARACTERS = 600  # of a library's last lines, in a message
+NUM_LOG_CHARACTERS, NUM_QUOTED_LINES = 600, 3  # of a library's log, in a message
 PYTORCH_INSTEAD = "build with --engine pytorch, which needs no TensorRT"
 
 # Architecture -> the library's class for it, among those that model_shape.py knows (MODEL_MAP of tensorrt_llm/models).
@@ -233,12 +234,18 @@ def _log_version(version: str) -> None:
         log.warning("TensorRT-LLM %s is %s than 1.2.1, which the build is written for; going on with it", version, age)
 
 
+@functools.cache
+def _gpus() -> tuple[Gpu, ...]:
+    """Asked for once: without its persistence daemon the driver takes seconds for an answer."""
+    return tuple(find_gpus())
+
+
 def target_gpus(asked: str | None) -> list[Gpu]:
     """The GPUs of this machine that the engine is for: TensorRT builds for the product that it runs on.
 
     Raises UnsupportedError if there is none of the product that was asked for, UsageError where the choice is open.
     """
-    gpus = find_gpus()
+    gpus = _gpus()
     products = list(dict.fromkeys(gpu.product for gpu in gpus))
     if not gpus:
         raise UnsupportedError(
@@ -574,6 +581,12 @@ def _assemble(plan: EnginePlan, folder: Path, kept: Path) -> dict[str, Any]:
             + f", and {_mapping(plan)} was asked for; build again with --force"
         )
     _check_limits(plan, "config.json", config["build_config"])
+    planned = dict(plan.compiler_versions).get("tensorrt_llm")
+    if config["version"] != planned:  # the server would refuse it
+        raise CompileError(
+            f"TensorRT-LLM {config['version']} built '{plan.model}', and {planned} is what pip lists here; use an "
+            "environment that holds one of them"
+        )
     return config
 
 
@@ -666,7 +679,7 @@ def _sentence(
         reason = f"its process was ended by signal {-failed.exit_code}"
     else:
         reason = f"its process ended with {failed.exit_code}"
-    said = [line for line in failed.tail if line not in reason]
+    said = failed.lines[-NUM_QUOTED_LINES:]
     quoted = f" (its last lines: {' | '.join(said)})"[:NUM_LOG_CHARACTERS] if error is None and said else ""
     return CompileError(
         f"{what} cannot be built: {reason[:NUM_LOG_CHARACTERS]}{quoted}; the whole log is {log_file}, and "
