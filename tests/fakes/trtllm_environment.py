@@ -68,8 +68,12 @@ def make(
     tensorrt_llm: str | None = "1.2.1",
     tensorrt: str | None = "10.14.1.48",
     engine_backend: bool = True,
+    pytorch_also: Sequence[str] = (),
 ) -> TrtllmEnvironment:
-    """`gpus` are (name, compute capability, MiB); None: not even a driver. No `tensorrt_llm`: not installed."""
+    """`gpus` are (name, compute capability, MiB); None: not even a driver. No `tensorrt_llm`: not installed.
+
+    `pytorch_also` are architectures that the PyTorch backend gets beside those that the library has.
+    """
     folder = folder.absolute()
     settings, bin_, site = folder / "settings.json", folder / "bin", folder / "site"
     packages = folder / f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
@@ -78,6 +82,7 @@ def make(
     _write(settings, {"gpus": gpus, "tensorrt_llm": tensorrt_llm, "tensorrt": tensorrt, "faults": {}})
     if tensorrt_llm is not None:
         _install_double(site, engine_backend=engine_backend)
+        _register(site / "tensorrt_llm/_torch", pytorch_also)
     for name, version in (("tensorrt_llm", tensorrt_llm), ("tensorrt", tensorrt)):
         if version is not None:
             _record(site, name, version)
@@ -106,6 +111,18 @@ def _install_double(site: Path, *, engine_backend: bool) -> None:
     for entry in DOUBLE.iterdir():
         if entry.name != "__pycache__" and (engine_backend or entry.name not in ENGINE_BACKEND):
             (package / entry.name).symlink_to(entry.absolute())
+
+
+def _register(torch_backend: Path, architectures: Sequence[str]) -> None:
+    """A file more among those that register architectures."""
+    original = torch_backend.resolve()
+    torch_backend.unlink()
+    (torch_backend / "models").mkdir(parents=True)
+    for file in original.rglob("*.py"):
+        (torch_backend / file.relative_to(original)).symlink_to(file)
+    lines = [f'@register_auto_model("{name}")\n' for name in architectures]
+    text = "from .modeling_utils import register_auto_model\n\n\n" + "".join(lines) + "class Also:\n    pass\n"
+    (torch_backend / "models/modeling_also.py").write_text(text)
 
 
 def _record(site: Path, name: str, version: str) -> None:

@@ -28,9 +28,10 @@ print(f"[TensorRT-LLM] TensorRT LLM version: {__version__}", flush=True)  # to s
 
 from ._utils import mpi_rank, mpi_world_size
 from .llmapi import KvCacheConfig, SamplingParams
+from .llmapi.llm import LLM
 from .mapping import Mapping
 
-__all__ = ["KvCacheConfig", "Mapping", "SamplingParams", "__version__", "mpi_rank", "mpi_world_size"]
+__all__ = ["LLM", "KvCacheConfig", "Mapping", "SamplingParams", "__version__", "mpi_rank", "mpi_world_size"]
 
 if (_Path(__file__).parent / "_tensorrt_engine").exists():
     from .builder import BuildConfig, Engine, EngineConfig, build

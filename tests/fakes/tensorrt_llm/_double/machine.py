@@ -80,3 +80,10 @@ def log(level: str, message: str) -> None:
     """The library's log goes to stdout."""
     stamp = datetime.now().strftime("%m/%d/%Y-%H:%M:%S")
     print(f"[{stamp}] [TRT-LLM] [{level}] {message}", file=sys.stdout, flush=True)
+
+
+def environment_of_children() -> dict[str, str]:
+    """As this process's, but with the GPUs that it saw when the library was imported."""
+    names = ("CUDA_VISIBLE_DEVICES", "TRTLLM_VISIBLE_DEVICES")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    return environment if _VISIBLE is None else {**environment, "CUDA_VISIBLE_DEVICES": _VISIBLE}

@@ -18,12 +18,16 @@ from .._double.records import (
     SamplingParams,
     SchedulerConfig,
 )
+from ..executor.result import CompletionOutput, RequestOutput
 from ..executor.utils import RequestError
+from .llm import LLM
 
 __all__ = [
+    "LLM",
     "AttentionDpConfig",
     "BatchingType",
     "CapacitySchedulerPolicy",
+    "CompletionOutput",
     "ContextChunkingPolicy",
     "CudaGraphConfig",
     "DraftTargetDecodingConfig",
@@ -38,6 +42,7 @@ __all__ = [
     "QuantAlgo",
     "QuantConfig",
     "RequestError",
+    "RequestOutput",
     "SamplingParams",
     "SchedulerConfig",
 ]
