@@ -146,6 +146,7 @@ def _plan_for_gpus(
     request: BuildRequest, checkpoint: Checkpoint, kind: EngineKind, gpus: Sequence[Gpu]
 ) -> dict[str, Any]:
     """Without the compiler, which wants a GPU. The key of an engine holds the compiler's version, so there is none."""
+    llm_arguments.check(request.llm_arguments, kind)
     plan = make_plan(request, checkpoint, kind, versions={})
     sizes = size_plan(plan, read_config(checkpoint), gpus)
     return _planned(plan, checkpoint) | {"key": None, "stored": None, "sizing": sizes}

@@ -132,4 +132,7 @@ def _known_fields(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
 STEPS = {"quantize": quantize, "build": build}
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)  # without the endings of MPI, CUDA and TensorRT: a crash there would spoil a finished rank

@@ -10,6 +10,8 @@ import errno
 import json
 import logging
 import re
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -17,18 +19,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import engines
 import pytest
 import tiny_checkpoints
 from checkpoint import Checkpoint, resolve
 from compilers import CompiledModel, kept_steps, tensorrt_compiler, tensorrt_rank
 from compilers.step_processes import Step, StepFailedError
+from engine_manifest import check_files, check_machine, read_manifest
 from errors import BuildError, CompileError, UnsupportedError, UsageError
 from gpus import find_gpus
 from model_shape import model_shape
 from plan import BuildRequest, EnginePlan, make_plan, read_config
 from trtllm_environment import H100, TrtllmEnvironment, make
 
-DEMO = Path(__file__).parent.parent.parent / "scripts/demo_checkpoint/demo-gpt2"
+ROOT = Path(__file__).parent.parent.parent
+DEMO, ENGINES = ROOT / "scripts/demo_checkpoint/demo-gpt2", ROOT / "build/engines.py"
 L4 = ("NVIDIA L4", "8.9", 23034)
 A100 = ("NVIDIA A100-SXM4-80GB", "8.0", 81920)
 B200 = ("NVIDIA B200", "10.0", 183359)
@@ -783,3 +788,97 @@ def test_an_engine_of_another_layout_is_no_success(machine: Machine, demo: Check
     with pytest.raises(CompileError, match=r"with layout .* and without rank1.engine, and .* was asked for"):
         tensorrt_compiler._assemble(plan, tmp_path / "other", tmp_path / "kept")
     assert kept_steps.files_of(kept_steps_folder) == []
+
+
+# --- the command
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def report(self) -> dict[str, Any]:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def cli(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Ended]]:
+    """engines.main in this process, with a store of the test's own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+
+    def run(*options: str) -> Ended:
+        capsys.readouterr()
+        code = engines.main(["--model", str(DEMO), "--json", *options])
+        captured = capsys.readouterr()
+        return Ended(code, captured.out, captured.err)
+
+    yield run
+    root.handlers[:], root.level = handlers, level
+
+
+def test_the_manifest_says_what_the_engine_runs_on(machine: Machine, cli: Callable[..., Ended]):
+    machine(L4, L4)
+    report = cli("--engine", "tensorrt", "--tp", "2").report
+    manifest = read_manifest(Path(report["engine"]))
+    assert manifest.gpu == {"product": "NVIDIA-L4", "compute_capability": "8.9"}
+    assert (manifest.engine, manifest.tensor_parallel, manifest.pipeline_parallel) == ("tensorrt", 2, 1)
+    assert (manifest.limits["max_beam_width"], report["plan"]["gpu"]) == (1, "NVIDIA-L4")
+    here = {"tensorrt_llm": "1.2.1", "tensorrt": "10.14.1.48"}
+    check_machine(manifest, gpu=("NVIDIA-L4", "8.9"), versions=here, world_size=2)
+    assert list(Path("cache/triton-trtllm/.kept").iterdir()) == []
+    assert cli("--engine", "tensorrt", "--tp", "2").report["was_stored"]
+
+
+def test_a_machine_with_a_gpu_gets_a_tensorrt_engine(machine: Machine, cli: Callable[..., Ended]):
+    machine(L4)
+    assert cli().report["plan"]["engine"] == "tensorrt"
+
+
+def test_another_layout_product_or_argument_is_another_engine(machine: Machine, cli: Callable[..., Ended]):
+    machine(L4, H100)
+    options = [
+        ["--gpu", "NVIDIA-L4"],
+        ["--gpu", "NVIDIA-H100-80GB-HBM3"],
+        ["--gpu", "NVIDIA-L4", "--tp", "2"],
+        ["--gpu", "NVIDIA-L4", "--llm-args", '{"kv_cache_config": {"max_tokens": 999}}'],
+    ]
+    assert len({cli("--engine", "tensorrt", *each).report["key"] for each in options}) == 4
+
+
+def test_offline_texts_must_be_given(machine: Machine, cli: Callable[..., Ended]):
+    machine(L4)
+    ended = cli("--engine", "tensorrt", "--quantization", "fp8", "--offline")
+    assert ended.code == 2
+    assert "quantizing downloads cnn_dailymail from the hub, and --offline was given; name a folder" in ended.err
+
+
+def test_a_killed_build_goes_on_where_it_was(machine: Machine, cli: Callable[..., Ended], tmp_path: Path):
+    environment = machine()
+    environment.inject(build_seconds=1.0)
+    command = [environment.python, ENGINES, "--model", DEMO, "--engine", "tensorrt", "--tp", "2", "--pp", "2"]
+    builder = subprocess.Popen(
+        command,
+        env={**environment.variables, "XDG_CACHE_HOME": str(tmp_path / "cache")},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    assert builder.stderr is not None
+    for line in builder.stderr:
+        if line.startswith("rank 1 of 4: built"):
+            builder.kill()
+    assert builder.wait() == -signal.SIGKILL
+    environment.inject()
+    ended = cli("--engine", "tensorrt", "--tp", "2", "--pp", "2")
+    assert (ended.code, ended.report["was_stored"]) == (0, False)
+    assert re.findall(r"rank (\d) of 4: built by an earlier build", ended.err) == ["0", "1"]
+    assert re.findall(r"rank (\d) of 4: built in", ended.err) == ["2", "3"]
+    check_files(Path(ended.report["engine"]), read_manifest(Path(ended.report["engine"])))
