@@ -289,3 +289,24 @@ def test_tensors_that_are_not_known_are_not_checked(
     built = build(changed(architectures=["DeepseekV3ForCausalLM"]), tmp_path, tensor_parallel=3)
     assert "the tensors of a DeepseekV3ForCausalLM are not known here, so --tp and --pp are not checked" in caplog.text
     assert built.compiled.kv_bytes_per_token == 0
+
+
+@pytest.mark.parametrize("arguments", [{}, {"moe_expert_parallel_size": 2}, {"moe_tensor_parallel_size": 4}])
+def test_experts_are_divided_among_the_ranks(llama: Checkpoint, arguments: dict[str, int]):
+    check(llama, tensor_parallel=4, llm_arguments=arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"moe_expert_parallel_size": 3}, {"moe_expert_parallel_size": 4, "moe_tensor_parallel_size": 2}]
+)
+def test_experts_that_cannot_be_divided_are_refused(llama: Checkpoint, arguments: dict[str, int]):
+    with pytest.raises(
+        UsageError, match=r"--llm-args: moe_tensor_parallel_size \d times .* \d is not --tp 4; choose two"
+    ):
+        check(llama, tensor_parallel=4, llm_arguments=arguments)
+
+
+def test_a_config_without_a_vocabulary_is_refused(changed: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(trtllm_installation, "pytorch_architectures", lambda: None)
+    with pytest.raises(UnsupportedError, match=r"config.json of '.*' has no vocab_size, which the server needs; use"):
+        check(changed(architectures=["NewForCausalLM"], vocab_size=None))
