@@ -23,7 +23,7 @@ import engines
 import pytest
 import tiny_checkpoints
 from checkpoint import Checkpoint, resolve
-from compilers import CompiledModel, kept_steps, tensorrt_compiler, tensorrt_rank
+from compilers import CompiledModel, kept_steps, tensorrt_compiler, tensorrt_rank, tensorrt_support
 from compilers.step_processes import Step, StepFailedError
 from engine_manifest import check_files, check_machine, read_manifest
 from errors import BuildError, CompileError, UnsupportedError, UsageError
@@ -68,11 +68,11 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine
         for name in ("PATH", "PYTHONPATH", "TENSORRT_LLM_DOUBLE"):
             monkeypatch.setenv(name, environment.variables[name])
         monkeypatch.syspath_prepend(environment.site)
-        tensorrt_compiler._gpus.cache_clear()
+        tensorrt_support._gpus.cache_clear()
         return environment
 
     yield become
-    tensorrt_compiler._gpus.cache_clear()
+    tensorrt_support._gpus.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -521,7 +521,7 @@ def test_what_is_not_installed_is_said(machine: Machine, options: dict[str, Any]
 def test_no_gpu_is_said(machine: Machine, monkeypatch: pytest.MonkeyPatch):
     machine()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    tensorrt_compiler._gpus.cache_clear()
+    tensorrt_support._gpus.cache_clear()
     with pytest.raises(UnsupportedError, match=r"this machine shows no NVIDIA GPU; build on one .* --engine openvino"):
         tensorrt_compiler.check_request(BuildRequest(model="gpt2"))
 
