@@ -106,6 +106,8 @@ def check(plan: EnginePlan, config: Mapping[str, Any]) -> None:
         )
     _check_registered(plan)
     _check_chunks(plan)
+    _check_experts(plan)
+    _vocab_size(plan, config)
     if architecture not in ARCHITECTURES:
         log.warning("plan: the tensors of a %s are not known here, so --tp and --pp are not checked", architecture)
         return
@@ -141,6 +143,29 @@ def _check_chunks(plan: EnginePlan) -> None:
         )
 
 
+def _check_experts(plan: EnginePlan) -> None:
+    """Experts are divided among the ranks of tensor parallelism."""
+    sizes = {name: plan.llm_arguments.get(f"moe_{name}_parallel_size") or 1 for name in ("tensor", "expert")}
+    product = sizes["tensor"] * sizes["expert"]
+    if plan.tensor_parallel % product or (product < plan.tensor_parallel and min(sizes.values()) > 1):
+        raise UsageError(
+            f"--llm-args: moe_tensor_parallel_size {sizes['tensor']} times moe_expert_parallel_size {sizes['expert']} "
+            f"is not --tp {plan.tensor_parallel}; choose two whose product it is, or give one that divides it"
+        )
+
+
+def _vocab_size(plan: EnginePlan, config: Mapping[str, Any]) -> int:
+    if plan.architecture in ARCHITECTURES:
+        return model_shape(config, plan.model).vocab_size
+    found = config.get("vocab_size")
+    if not isinstance(found, int):
+        raise UnsupportedError(
+            f"config.json of '{plan.model}' has no vocab_size, which the server needs; use a checkpoint of a causal "
+            "language model"
+        )
+    return found
+
+
 def compile(plan: EnginePlan, checkpoint: Checkpoint, folder: Path, kept: Path) -> CompiledModel:
     """Write the checkpoint's files, the tokenizer's and llm_args.json into the empty `folder`."""
     started = time.monotonic()
@@ -156,7 +181,7 @@ def compile(plan: EnginePlan, checkpoint: Checkpoint, folder: Path, kept: Path) 
     size = sum(path.stat().st_size for path in folder.iterdir())
     log.info("compile: %.1f MB in %.1f s", size / 1e6, time.monotonic() - started)
     return CompiledModel(
-        vocab_size=(config.get("text_config") or config)["vocab_size"],
+        vocab_size=_vocab_size(plan, config),
         bos_token_id=special.bos_token_id,
         eos_token_ids=special.eos_token_ids,
         pad_token_id=special.pad_token_id,

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 PROGRAM = Path(__file__).resolve().parent / "tensorrt_rank.py"
 HEARTBEAT_SECONDS = 30.0
 POLL_SECONDS = 0.05
-TAIL_BYTES, TAIL_LINES = 16_384, 4
+TAIL_BYTES = 16_384  # of a log, to look for the reason of a failure in
 
 # Who is started under mpirun or srun has an MPI identity, which `import tensorrt_llm` would take up: it joins that
 # world and waits for the others. Configuration (other OMPI_MCA_*) stays. The list is that of NVIDIA's Triton model for
@@ -63,16 +63,19 @@ class Step:
 
 
 class StepFailedError(Exception):
-    """`exit_code` as of subprocess: negative for a signal. `error`: type, message and errno of what Python raised."""
+    """`exit_code` as of subprocess: negative for a signal. `error`: type, message and errno of what Python raised.
 
-    def __init__(self, step: Step, exit_code: int, error: Mapping[str, Any] | None, tail: list[str]) -> None:
+    `lines` are the last ones of the log that say something.
+    """
+
+    def __init__(self, step: Step, exit_code: int, error: Mapping[str, Any] | None, lines: list[str]) -> None:
         super().__init__(f"{step.name}: exit code {exit_code}, {error}")
-        self.step, self.exit_code, self.error, self.tail = step, exit_code, error, tail
+        self.step, self.exit_code, self.error, self.lines = step, exit_code, error, lines
 
     @property
     def is_out_of_gpu_memory(self) -> bool:
         """torch raises OutOfMemoryError; TensorRT logs OutOfMemory, and gives no engine."""
-        said = f"{self.error or ''} {' '.join(self.tail)}".lower()
+        said = f"{self.error or ''} {' '.join(self.lines)}".lower()
         return "outofmemory" in said or "out of memory" in said
 
 
@@ -144,7 +147,7 @@ class _Running:
         with suppress(OSError, ValueError):
             result = json.loads((self.step.folder / "result.json").read_text(encoding="utf-8"))
         if exit_code != 0 or not result:
-            raise StepFailedError(self.step, exit_code, result.get("error"), _tail(self.step.log_file))
+            raise StepFailedError(self.step, exit_code, result.get("error"), _last_lines(self.step.log_file))
         return result
 
     def kill(self) -> None:
@@ -166,12 +169,11 @@ def _environment(step: Step) -> dict[str, str]:
     return environment
 
 
-def _tail(path: Path) -> list[str]:
-    """The last lines that say something."""
+def _last_lines(path: Path) -> list[str]:
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - TAIL_BYTES))
             text = file.read().decode(errors="replace")
     except OSError:
         return []
-    return [line.strip() for line in text.splitlines() if line.strip()][-TAIL_LINES:]
+    return [line.strip() for line in text.splitlines() if line.strip()]

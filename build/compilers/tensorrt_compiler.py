@@ -5,7 +5,8 @@ A calibrated format is quantized once, for all ranks; then every rank is convert
 is built on GPU r modulo their number, and those of one GPU one after another. What is finished waits in the store for
 the next build if this one dies (kept_steps.py). Ranks are called as their files are, from 0.
 
-This module never imports tensorrt_llm. Calls, names and rules are those of TensorRT-LLM 1.2.1.
+Nothing here imports tensorrt_llm but tensorrt_rank.py. Names and rules are those of TensorRT-LLM 1.2.1;
+tensorrt_support.py has what it can build.
 
 What is not covered: checkpoints that are quantized already, LoRA, speculative decoding, expert parallelism, several
 nodes. Each process loads what it converts into the machine's memory, and for GPT-2, Gemma and Phi-3 that is the whole
@@ -18,7 +19,6 @@ import errno
 import json
 import logging
 import os
-import re
 import secrets
 import shutil
 import tempfile
@@ -30,66 +30,38 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-import trtllm_installation
 from checkpoint import Checkpoint
 from checkpoint_files import human_size
-from errors import BuildError, CompileError, UnsupportedError, UsageError
-from gpu_products import GpuProduct, product_of, refusal
-from gpus import Gpu, find_gpus
-from llm_arguments import check as check_llm_arguments
+from errors import BuildError, CompileError
+from gpus import Gpu
 from llm_arguments import merged
 from model_shape import ModelShape, model_shape
-from plan import BuildRequest, EnginePlan
-from sizing import (
-    MAX_NUM_TOKENS,
-    MIB,
-    TOKENS_PER_BLOCK,
-    GpuSizing,
-    Layout,
-    Precision,
-    check_layout,
-    checkpoint_format,
-    kv_bytes_per_token,
-    model_bytes,
-    size_gpu,
-)
+from plan import EnginePlan
+from sizing import MAX_NUM_TOKENS, MIB, TOKENS_PER_BLOCK, Precision, kv_bytes_per_token, model_bytes
 
 from compilers import CompiledModel, kept_steps, tokenizer_files
 from compilers.quiet_libraries import quiet_libraries
 from compilers.step_processes import Step, StepFailedError, run
+from compilers.tensorrt_support import (
+    MODEL_CLASSES,
+    check,
+    check_installation,
+    check_request,
+    log_version,
+    precision_of,
+    product_here,
+    sized,
+    smaller,
+    target_gpus,
+)
+
+__all__ = ["check", "check_request", "compile", "target_gpus", "versions"]
 
 log = logging.getLogger(__name__)
 
-OLDEST_VERSION, NEWEST_VERSION = (1, 2), (1, 2)  # that the calls are written for
 OPT_BATCH_SIZE = 8  # BuildConfig's default: what TensorRT chooses its kernels for
-NUM_LOG_CHARACTERS = 600  # of a library's last lines, in a message
-PYTORCH_INSTEAD = "build with --engine pytorch, which needs no TensorRT"
+NUM_LOG_CHARACTERS, NUM_QUOTED_LINES = 600, 3  # of a library's log, in a message
 
-# Architecture -> the library's class for it, among those that model_shape.py knows (MODEL_MAP of tensorrt_llm/models).
-# Those that are left out of it have no from_hugging_face.
-MODEL_CLASSES = {
-    "GPT2LMHeadModel": "GPTForCausalLM",
-    "LlamaForCausalLM": "LLaMAForCausalLM",
-    "MistralForCausalLM": "LLaMAForCausalLM",
-    "MixtralForCausalLM": "LLaMAForCausalLM",
-    "Qwen2ForCausalLM": "QWenForCausalLM",
-    "Qwen2MoeForCausalLM": "QWenForCausalLM",
-    "Qwen3ForCausalLM": "QWenForCausalLM",
-    "Qwen3MoeForCausalLM": "QWenForCausalLM",
-    "GemmaForCausalLM": "GemmaForCausalLM",
-    "Gemma2ForCausalLM": "GemmaForCausalLM",
-    "Gemma3ForCausalLM": "GemmaForCausalLM",
-    "Phi3ForCausalLM": "Phi3ForCausalLM",
-}
-# In MODEL_MAP, but only scripts that are not in the package convert them.
-NOT_CONVERTIBLE = (
-    "OPTForCausalLM",
-    "BloomForCausalLM",
-    "MptForCausalLM",
-    "GPTNeoXForCausalLM",
-    "DbrxForCausalLM",
-    "RecurrentGemmaForCausalLM",
-)
 # Keywords of from_hugging_face beside the common ones. A class takes any name, and makes it an attribute of its
 # configuration if it knows none, so each gets only what it reads.
 CONVERSION_KEYWORDS: dict[str, dict[str, Any]] = {
@@ -112,64 +84,18 @@ QUANT_ALGORITHMS = {
     "int8_sq": "W8A8_SQ_PER_CHANNEL",
 }
 KV_ALGORITHMS = {"auto": None, "fp8": "FP8", "int8": "INT8"}
-# KV caches that a format can have. W8A16 and W4A16 with an FP8 cache would take the library's own flow, which makes no
-# scales for FP8; ModelOpt's FP8 has none for INT8.
-KV_CACHES = {
-    "none": ("auto", "fp8", "int8"),
-    "int8": ("auto", "int8"),
-    "int4": ("auto", "int8"),
-    "fp8": ("auto", "fp8"),
-    "int4_awq": ("auto", "fp8", "int8"),
-    "int8_sq": ("auto", "int8"),
-}
 AWQ_GROUP_SIZE = 128  # as sizing.py counts it
-# An INT8 KV cache without ModelOpt's weights needs a quantize() of the class's own; Gemma's fails for it.
-NATIVE_QUANTIZATION = ("GPTForCausalLM", "LLaMAForCausalLM", "QWenForCausalLM")
-# Gemma's quantize() does nothing for a KV cache alone, and says nothing.
-NO_KV_CACHE_ALONE = ("GemmaForCausalLM",)
 
 
 def versions() -> dict[str, str]:
     """Of the packages that decide the engine's bytes. Raises UnsupportedError if TensorRT-LLM is not installed."""
-    found = _check_installation()
+    found = check_installation()
     for package in ("transformers", "tokenizers", "nvidia-modelopt"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def check_request(request: BuildRequest) -> None:
-    """Raises UsageError for options that no TensorRT engine can have, UnsupportedError for what is missing here."""
-    if request.dtype == "float32":
-        raise UsageError(
-            "--dtype float32 is not computed by TensorRT-LLM's attention kernels; use float16, bfloat16 or auto"
-        )
-    legal = KV_CACHES[request.quantization]
-    if request.kv_cache_dtype not in legal:
-        raise UsageError(
-            f"--kv-cache-dtype {request.kv_cache_dtype} does not go with --quantization {request.quantization} in "
-            f"TensorRT-LLM; use {' or '.join(legal)}"
-        )
-    check_llm_arguments(request.llm_arguments, "tensorrt")
-    _check_installation()
-    target_gpus(request.gpu)
-
-
-def check(plan: EnginePlan, config: Mapping[str, Any]) -> None:
-    """Raises UsageError for a layout, UnsupportedError for a model or a GPU, that nothing can be built for."""
-    _check_convertible(plan, config)
-    shape = model_shape(config, plan.model)
-    for note in check_layout(shape, _layout(plan), plan.model, plan.quantization):
-        log.info("plan: %s", note)
-    gpus = target_gpus(plan.gpu)
-    product = _product(gpus)
-    refused = refusal(product, engine="tensorrt", weights=plan.quantization, kv_cache=_precision(plan).kv_cache)
-    if refused is not None:
-        raise UnsupportedError(refused)
-    if gpus[0].memory_mib is not None:
-        _check_fits(plan, shape, product)
 
 
 def compile(plan: EnginePlan, checkpoint: Checkpoint, folder: Path, kept: Path) -> CompiledModel:
@@ -196,150 +122,8 @@ def compile(plan: EnginePlan, checkpoint: Checkpoint, folder: Path, kept: Path) 
         bos_token_id=special.bos_token_id,
         eos_token_ids=special.eos_token_ids,
         pad_token_id=special.pad_token_id,
-        kv_bytes_per_token=kv_bytes_per_token(shape, _precision(plan)),
+        kv_bytes_per_token=kv_bytes_per_token(shape, precision_of(plan)),
         gpu=(gpus[0].product, gpus[0].compute_capability),
-    )
-
-
-# --- what is here
-
-
-def _check_installation() -> dict[str, str]:
-    found = trtllm_installation.versions()
-    version = found.get("tensorrt_llm")
-    if version is None:
-        raise UnsupportedError(
-            "--engine tensorrt needs TensorRT-LLM, which is not installed here; build inside NVIDIA's container "
-            "tritonserver:26.07-trtllm-python-py3, or build for this machine's CPU with --engine openvino"
-        )
-    if not trtllm_installation.has_engine_backend():
-        raise UnsupportedError(
-            f"TensorRT-LLM {version} builds no TensorRT engines any more (releases after 1.2 do not); "
-            f"{PYTORCH_INSTEAD}, or use the container tritonserver:26.07-trtllm-python-py3"
-        )
-    if "tensorrt" not in found:
-        raise UnsupportedError(
-            f"TensorRT-LLM {version} is installed here without TensorRT, which builds its engines; {PYTORCH_INSTEAD}, "
-            "or build inside NVIDIA's container tritonserver:26.07-trtllm-python-py3"
-        )
-    return found
-
-
-def _log_version(version: str) -> None:
-    parts = re.match(r"(\d+)\.(\d+)", version)
-    number = (int(parts[1]), int(parts[2])) if parts else OLDEST_VERSION
-    if not OLDEST_VERSION <= number <= NEWEST_VERSION:
-        age = "older" if number < OLDEST_VERSION else "newer"
-        log.warning("TensorRT-LLM %s is %s than 1.2.1, which the build is written for; going on with it", version, age)
-
-
-def target_gpus(asked: str | None) -> list[Gpu]:
-    """The GPUs of this machine that the engine is for: TensorRT builds for the product that it runs on.
-
-    Raises UnsupportedError if there is none of the product that was asked for, UsageError where the choice is open.
-    """
-    gpus = find_gpus()
-    products = list(dict.fromkeys(gpu.product for gpu in gpus))
-    if not gpus:
-        raise UnsupportedError(
-            "--engine tensorrt builds on the GPU that the engine is for, and this machine shows no NVIDIA GPU; build "
-            "on one that has it, or with --engine openvino for a CPU"
-        )
-    if asked is None and len(products) > 1:
-        raise UsageError(
-            f"this machine has {' and '.join(products)}, and an engine is for one of them; choose it with --gpu"
-        )
-    if asked is not None and asked not in products:
-        raise UnsupportedError(
-            f"--gpu {asked} is not in this machine, which has {' and '.join(products)}, and TensorRT builds on the GPU "
-            f"that the engine is for; build on a machine with it, or use --gpu {products[0]}"
-        )
-    return [gpu for gpu in gpus if asked in (None, gpu.product)]
-
-
-def _product(gpus: list[Gpu]) -> GpuProduct:
-    first = gpus[0]
-    return product_of(gpus) or GpuProduct(
-        product=first.product, compute_capability=first.compute_capability, memory_mib=0
-    )
-
-
-# --- what can be built
-
-
-def _check_convertible(plan: EnginePlan, config: Mapping[str, Any]) -> None:
-    architecture = plan.architecture
-    if architecture not in MODEL_CLASSES:
-        reason = (
-            "which TensorRT-LLM 1.2.1 does not convert from a Hugging Face checkpoint"
-            if architecture in NOT_CONVERTIBLE
-            else "and TensorRT engines are built here from others"
-        )
-        raise UnsupportedError(
-            f"'{plan.model}' is a {architecture}, {reason}; use one of {', '.join(MODEL_CLASSES)}, or try "
-            "--engine pytorch"
-        )
-    own = checkpoint_format(config)
-    if own is not None:
-        raise UnsupportedError(
-            f"'{plan.model}' is quantized already ({own}), and TensorRT engines are built here from full weights; use "
-            "--engine pytorch, or the checkpoint that it was made from with --quantization"
-        )
-    model_class = MODEL_CLASSES[architecture]
-    is_native = plan.kv_cache_dtype == "int8" and plan.quantization in ("none", "int8", "int4")
-    is_alone = plan.kv_cache_dtype == "fp8" and plan.quantization == "none"
-    if (is_native and model_class not in NATIVE_QUANTIZATION) or (is_alone and model_class in NO_KV_CACHE_ALONE):
-        others = [name for name in KV_CACHES if plan.kv_cache_dtype in KV_CACHES[name][1:]]
-        others = [name for name in others if name not in ("none", "int8", "int4")]
-        raise UnsupportedError(
-            f"TensorRT-LLM 1.2.1 makes no {plan.kv_cache_dtype} KV cache for a {architecture} with --quantization "
-            f"{plan.quantization}; use --kv-cache-dtype auto, or --quantization {' or '.join(others)}"
-        )
-
-
-def _check_fits(plan: EnginePlan, shape: ModelShape, product: GpuProduct) -> None:
-    """Weights are arithmetic, so what does not hold them is refused. The rest is estimated, and only said."""
-    sized = _sized(plan, shape, product)
-    asked = sized.asked
-    if asked is None or asked.fits:
-        return
-    layout = f"--tp {asked.layout.tp} --pp {asked.layout.pp}"
-    if asked.weight_bytes > product.memory_mib * MIB:
-        raise UnsupportedError(
-            f"a rank of '{plan.model}' at {layout} has {asked.weight_bytes / 1e9:.1f} GB of weights, and "
-            f"{product.product} has {product.memory_mib * MIB / 1e9:.1f} GB of memory; {_smaller(plan, sized)}"
-        )
-    log.warning(
-        "plan: %s leaves no room on %s for a sequence of %d tokens, as far as can be estimated; %s",
-        layout,
-        product.product,
-        plan.limits.max_seq_len,
-        _smaller(plan, sized),
-    )
-
-
-def _sized(plan: EnginePlan, shape: ModelShape, product: GpuProduct) -> GpuSizing:
-    return size_gpu(product, shape, _precision(plan), plan.limits, _layout(plan), engine="tensorrt")
-
-
-def _smaller(plan: EnginePlan, sized: GpuSizing) -> str:
-    """What makes a rank smaller: a layout, or fewer bits."""
-    best = sized.recommended
-    fewer_bits = " or --quantization" if plan.quantization == "none" else ""
-    if best is not None and best.layout != _layout(plan):
-        return f"use --tp {best.layout.tp} --pp {best.layout.pp}{fewer_bits}"
-    return f"use a larger GPU{fewer_bits}"
-
-
-def _layout(plan: EnginePlan) -> Layout:
-    return Layout(tp=plan.tensor_parallel, pp=plan.pipeline_parallel)
-
-
-def _precision(plan: EnginePlan) -> Precision:
-    return Precision(
-        dtype=plan.dtype,
-        weights=plan.quantization,
-        kv_cache=plan.dtype if plan.kv_cache_dtype == "auto" else plan.kv_cache_dtype,
     )
 
 
@@ -453,7 +237,7 @@ def _num_gpus_for_whole_model(plan: EnginePlan, shape: ModelShape, gpus: list[Gp
 
 def _build_ranks(plan: EnginePlan, work: Path, kept: Path, gpus: list[Gpu], quantized: Path | None) -> None:
     """All ranks that no earlier build has finished."""
-    _log_version(dict(plan.compiler_versions).get("tensorrt_llm", ""))
+    log_version(dict(plan.compiler_versions).get("tensorrt_llm", ""))
     steps = []
     for rank in range(plan.world_size):
         if kept_steps.find(kept, f"rank{rank}") is not None:
@@ -574,6 +358,12 @@ def _assemble(plan: EnginePlan, folder: Path, kept: Path) -> dict[str, Any]:
             + f", and {_mapping(plan)} was asked for; build again with --force"
         )
     _check_limits(plan, "config.json", config["build_config"])
+    planned = dict(plan.compiler_versions).get("tensorrt_llm")
+    if config["version"] != planned:  # the server would refuse it
+        raise CompileError(
+            f"TensorRT-LLM {config['version']} built '{plan.model}', and {planned} is what pip lists here; use an "
+            "environment that holds one of them"
+        )
     return config
 
 
@@ -653,11 +443,11 @@ def _sentence(
             "side by side; what is finished is kept"
         )
     if failed.is_out_of_gpu_memory:
-        product = _product(gpus)
-        smaller = _smaller(plan, _sized(plan, shape, product)) if gpus[0].memory_mib else "use a larger GPU"
+        product = product_here(gpus)
+        remedy = smaller(plan, sized(plan, shape, product)) if gpus[0].memory_mib else "use a larger GPU"
         return CompileError(
             f"{what} ran out of memory on {failed.step.gpu_words}, {product.product}; end what else uses the GPU, or "
-            f"{smaller}; the whole log is {log_file}"
+            f"{remedy}; the whole log is {log_file}"
         )
     if error is not None:
         lines = [line.strip() for line in error["message"].splitlines() if line.strip()]
@@ -666,7 +456,7 @@ def _sentence(
         reason = f"its process was ended by signal {-failed.exit_code}"
     else:
         reason = f"its process ended with {failed.exit_code}"
-    said = [line for line in failed.tail if line not in reason]
+    said = failed.lines[-NUM_QUOTED_LINES:]
     quoted = f" (its last lines: {' | '.join(said)})"[:NUM_LOG_CHARACTERS] if error is None and said else ""
     return CompileError(
         f"{what} cannot be built: {reason[:NUM_LOG_CHARACTERS]}{quoted}; the whole log is {log_file}, and "

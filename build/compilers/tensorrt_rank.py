@@ -52,10 +52,9 @@ def _end_with(parent: int) -> None:
 def quantize(job: dict[str, Any]) -> dict[str, Any]:
     """Write config.json and the weights of every rank into the checkpoint folder."""
     from tensorrt_llm import Mapping
-    from tensorrt_llm.models import MODEL_MAP
 
     folder = Path(job["output"])
-    MODEL_MAP[job["architecture"]].quantize(
+    _model_class(job, "quantize").quantize(
         job["model"],
         str(folder),
         dtype=job["dtype"],
@@ -75,17 +74,15 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     """Write rank{r}.engine, and for rank 0 config.json, into the output folder."""
     from tensorrt_llm import BuildConfig, Mapping, build
     from tensorrt_llm._utils import release_gc
-    from tensorrt_llm.models import MODEL_MAP
     from tensorrt_llm.plugin import PluginConfig
 
     plugin_config = PluginConfig(**_known_fields(PluginConfig, job["plugin_config"]))
     build_config = BuildConfig(**_known_fields(BuildConfig, job["build_config"]), plugin_config=plugin_config)
-    model_class = MODEL_MAP[job["architecture"]]
     rank = job["rank"]
     if job["checkpoint"] is not None:
-        model = model_class.from_checkpoint(job["checkpoint"], rank=rank)
+        model = _model_class(job, "from_checkpoint").from_checkpoint(job["checkpoint"], rank=rank)
     else:
-        model = model_class.from_hugging_face(
+        model = _model_class(job, "from_hugging_face").from_hugging_face(
             job["model"],
             dtype=job["dtype"],
             mapping=Mapping(**job["mapping"], rank=rank),
@@ -107,6 +104,17 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _model_class(job: dict[str, Any], method: str) -> Any:
+    from tensorrt_llm.models import MODEL_MAP
+
+    architecture = job["architecture"]
+    found = MODEL_MAP.get(architecture)
+    if found is None or not hasattr(found, method):
+        what = f"class for {architecture}" if found is None else f"{method} for {architecture}"
+        raise NotImplementedError(f"this TensorRT-LLM has no {what} in its engine backend")
+    return found
+
+
 def _quant_config(names: dict[str, Any]) -> Any:
     from tensorrt_llm.llmapi import QuantAlgo, QuantConfig
 
@@ -124,4 +132,7 @@ def _known_fields(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
 STEPS = {"quantize": quantize, "build": build}
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)  # without the endings of MPI, CUDA and TensorRT: a crash there would spoil a finished rank

@@ -45,7 +45,7 @@ def quantize(
     algorithm, kv_algorithm = quant_config.quant_algo, quant_config.kv_cache_quant_algo
     if mapping.moe_ep_size > 1:
         raise NotImplementedError("Quantization for expert parallelism is not supported")
-    if algorithm in _NOT_CALIBRATED or (algorithm is None and kv_algorithm is None):
+    if kv_algorithm is None and (algorithm is None or algorithm in _NOT_CALIBRATED):
         raise ValueError(
             f"The quant_config ({quant_config}) does not require calibration, "
             f"try {class_name}.from_hugging_face instead."
