@@ -212,12 +212,7 @@ def compare(smoke: Smoke) -> tuple[str, dict[str, Any]]:
     answers = verify.reference(checkpoint, engine, manifest, verify.DEFAULT_PROMPTS, max_tokens=verify.MAX_TOKENS)
 
     def generate(requests: Sequence[tuple[list[int], int]]) -> list[list[int]]:
-        return [
-            ask(smoke, "tensorrt_llm", input_ids=ids, input_lengths=len(ids), request_output_len=number, end_id=-1)[
-                "output_ids"
-            ]
-            for ids, number in requests
-        ]
+        return [ask_for_ids(smoke, ids, number) for ids, number in requests]
 
     result = verify.compare(answers, generate, engine, manifest, started=started)
     return result.sentence, {"num_tokens": result.num_tokens, "share": round(result.share, 4)}
@@ -357,6 +352,12 @@ def ask(smoke: Smoke, model: str = "smoke", **body: Any) -> dict[str, Any]:
             return json.load(r)
     except urllib.error.HTTPError as error:
         raise SmokeError(f"status {error.code}: {error.read().decode(errors='replace')}") from None
+
+
+def ask_for_ids(smoke: Smoke, prompt_ids: list[int], number: int) -> list[int]:
+    body = {"input_ids": prompt_ids, "input_lengths": len(prompt_ids), "request_output_len": number, "end_id": -1}
+    found = ask(smoke, "tensorrt_llm", **body)["output_ids"]
+    return found if isinstance(found, list) else [found]  # Triton writes a list of one number as a number
 
 
 def ask_for_stream(smoke: Smoke, body: dict[str, Any]) -> Iterator[tuple[dict[str, Any], float]]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from gpus import Gpu, pin_environment
+from mpi_identity import mpi_identity
 
 log = logging.getLogger(__name__)
 
@@ -29,18 +30,6 @@ HEARTBEAT_SECONDS = 30.0
 POLL_SECONDS = 0.05
 TAIL_BYTES = 16_384  # of a log, to look for the reason of a failure in
 
-# Who is started under mpirun or srun has an MPI identity, which `import tensorrt_llm` would take up: it joins that
-# world and waits for the others. Configuration (other OMPI_MCA_*) stays. The list is that of NVIDIA's Triton model for
-# the LLM API.
-MPI_IDENTITY = frozenset(
-    [f"OMPI_COMM_WORLD_{name}" for name in ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK", "NODE_RANK")]
-    + ["OMPI_UNIVERSE_SIZE", "OMPI_FIRST_RANKS", "OMPI_APP_CTX_NUM_PROCS"]
-    + [f"PMIX_{name}" for name in ("RANK", "NAMESPACE", "SERVER_TMPDIR", "SYSTEM_TMPDIR", "SECURITY_MODE")]
-    + [f"PMIX_SERVER_URI{number}" for number in ("", "2", "21", "3")]
-    + [f"PMIX_{name}" for name in ("GDS_MODULE", "BFROPS_MODULE", "PTL_MODULE", "VERSION", "HOSTNAME")]
-    + [f"PMI_{name}" for name in ("RANK", "SIZE", "FD", "SPAWNED", "APPNUM")]
-)
-MPI_IDENTITY_PREFIXES = ("OMPI_MCA_orte_", "ORTE_")
 # Each switches the library to another way of working than the one that is written for here.
 LIBRARY_SWITCHES = frozenset(["TLLM_DISABLE_MPI", "TRTLLM_DISABLE_UNIFIED_CONVERTER", "TRTLLM_VISIBLE_DEVICES"])
 
@@ -158,11 +147,8 @@ class _Running:
 
 
 def _environment(step: Step) -> dict[str, str]:
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in MPI_IDENTITY | LIBRARY_SWITCHES and not name.startswith(MPI_IDENTITY_PREFIXES)
-    }
+    dropped = mpi_identity(os.environ) | LIBRARY_SWITCHES
+    environment = {name: value for name, value in os.environ.items() if name not in dropped}
     environment |= pin_environment(step.gpus) | {"PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     if not step.needs_hub:
         environment["HF_HUB_OFFLINE"] = "1"  # whatever a checkpoint's files refer to is not fetched

@@ -304,7 +304,8 @@ def _limits(plan: EnginePlan) -> dict[str, int]:
         "max_input_len": limits.max_input_len,
         "max_seq_len": limits.max_seq_len,
         "max_beam_width": limits.max_beam_width,
-        "max_num_tokens": max(MAX_NUM_TOKENS, in_one_piece),
+        # More than all sequences at their longest is cut by the library.
+        "max_num_tokens": max(min(MAX_NUM_TOKENS, limits.max_seq_len * limits.max_batch_size), in_one_piece),
     }
 
 

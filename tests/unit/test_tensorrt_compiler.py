@@ -160,7 +160,8 @@ def test_the_engine_says_what_it_was_asked_for(machine: Machine, demo: Checkpoin
     built = build(demo, tmp_path, max_batch_size=4, max_input_len=100, max_seq_len=200, dtype="bfloat16")
     limits = built.config["build_config"]
     assert (limits["max_batch_size"], limits["max_input_len"], limits["max_seq_len"]) == (4, 100, 200)
-    assert (limits["max_beam_width"], limits["max_num_tokens"], limits["opt_batch_size"]) == (1, 8192, 4)
+    # 4 sequences of 200 tokens: the library would cut more than that.
+    assert (limits["max_beam_width"], limits["max_num_tokens"], limits["opt_batch_size"]) == (1, 800, 4)
     assert limits["plugin_config"]["use_paged_context_fmha"] is True
     assert limits["plugin_config"]["tokens_per_block"] == 32
     assert built.config["pretrained_config"]["dtype"] == "bfloat16"

@@ -74,6 +74,8 @@ def make_engine(tmp_path: Path) -> MakeEngine:
 
 @pytest.fixture
 def library_version(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    monkeypatch.setattr(trtllm_llm, "pytorch_architectures", lambda: frozenset({"GPT2LMHeadModel"}))
+
     def set_version(version: str) -> None:
         monkeypatch.setattr(trtllm_llm, "versions", lambda: {"tensorrt_llm": version})
 
@@ -183,6 +185,19 @@ def test_what_a_sampler_would_ignore_is_no_capability(
     plan = plan_llm(*make_engine(users=users, engine="pytorch", gpu=None), GPUS)
     assert plan.arguments["sampler_type"] == sampler
     assert plan.capabilities == {"log_probs", "min_tokens", "no_end_id"} | more
+
+
+def test_an_architecture_that_the_library_does_not_have_is_refused(
+    make_engine: MakeEngine, library_version: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    folder, manifest = make_engine(engine="pytorch", gpu=None)
+    monkeypatch.setattr(trtllm_llm, "pytorch_architectures", lambda: frozenset({"LlamaForCausalLM"}))
+    with pytest.raises(
+        ManifestError, match=r"a GPT2LMHeadModel, which the PyTorch backend of TensorRT-LLM 1\.2\.1 here"
+    ):
+        plan_llm(folder, manifest, GPUS)
+    monkeypatch.setattr(trtllm_llm, "pytorch_architectures", lambda: None)  # nobody knows: the library decides
+    plan_llm(folder, manifest, GPUS)
 
 
 def test_log_probs_of_tensorrt_engines_are_refused(make_engine: MakeEngine):

@@ -42,6 +42,8 @@ _ABORT_SECONDS = 5.0  # for requests to end when the engine is shut down
 _STOP_SECONDS = 20.0  # for the library's own shutdown; then its processes are killed
 _STATS_SECONDS = 2.0  # that the library may wait for the statistics of its next step
 _STATS_PAUSE_SECONDS = 0.2  # after it had none: it has none before the next request begins
+_WATCH_SECONDS = 0.5
+_SILENCE_SECONDS = 1.0  # after which a process that has died is why
 _WARM_UP_TOKENS = 2
 
 
@@ -70,6 +72,7 @@ class TensorRtLlmEngine:
         # Owned by the loop's thread.
         self._running: set[_Running] = set()  # what the library works on, whether somebody waits for it or not
         self._tasks: set[asyncio.Task] = set()
+        self._last_news = 0.0  # from the library, monotonic seconds
         self._llm: Any = None
         self._stats = EngineStats(
             num_active_requests=0,
@@ -188,9 +191,10 @@ class TensorRtLlmEngine:
             )
             return
         self._is_loaded.set()
-        statistics = asyncio.create_task(self._follow_statistics())
+        watches = [asyncio.create_task(self._follow_statistics()), asyncio.create_task(self._watch_processes())]
         await self._is_over.wait()
-        statistics.cancel()
+        for watch in watches:
+            watch.cancel()
         for running in list(self._running):
             self._abort(running)
         if self._tasks:
@@ -227,6 +231,8 @@ class TensorRtLlmEngine:
         except Exception as error:  # the library is shutting down, or a process of it has died
             self._break_down(error)
             return
+        if not self._running:
+            self._last_news = time.monotonic()
         self._running.add(running)
         task = self._loop.create_task(self._follow(running))
         self._tasks.add(task)
@@ -238,6 +244,7 @@ class TensorRtLlmEngine:
         is_over = False
         try:
             async for output in running.handle:
+                self._last_news = time.monotonic()
                 is_over = bool(output.finished)
                 if running.deliver is None:
                     continue
@@ -270,6 +277,17 @@ class TensorRtLlmEngine:
         """Whatever request meets it first: the library is lost, and tells none of the others."""
         _log.error("TensorRT-LLM failed", exc_info=error)
         self._fail_all(EngineError(_sentence("failed and must be restarted", error)))
+
+    async def _watch_processes(self) -> None:
+        """A rank that dies is told to nobody who waits: the library looks when its next response comes, or request."""
+        ranks = _python_children()
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            dead = [process.pid for process in ranks if not _is_alive(process)]
+            # Not for a process that was there by chance, and ends while answers go on.
+            if dead and self._running and time.monotonic() - self._last_news > _SILENCE_SECONDS:
+                self._break_down(RuntimeError(f"its process {dead[0]} has died"))
+                return
 
     # ---- statistics --------------------------------------------------------------------------------------------
 
@@ -314,6 +332,18 @@ def _sentence(what: str, error: BaseException) -> str:
         reasons.append(f"{type(cause).__name__}: {' '.join(str(cause).split())[:400]}")
         cause = cause.__cause__
     return f"TensorRT-LLM {what}: {', because of '.join(reasons)}"
+
+
+def _python_children() -> list[psutil.Process]:
+    """The ranks' processes among others; compilers that the library may have started are not meant."""
+    return [process for process in psutil.Process().children(recursive=True) if process.name().startswith("python")]
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _kill_children() -> None:

@@ -23,21 +23,10 @@ from typing import Any
 from engine_manifest import EngineManifest, ManifestError
 from generation import Capability, EngineError
 from gpus import Gpu, pin_environment
+from mpi_identity import mpi_identity
 from trtllm_installation import has_engine_backend, pytorch_architectures, versions
 
 LLM_ARGUMENTS_NAME = "llm_args.json"  # the user's own arguments, which the build has checked
-
-# A tritonserver that was started by mpirun or srun hands its rank to every model, and TensorRT-LLM would take it for
-# its own. Configuration (OMPI_MCA_*, PMIX_MCA_*) stays. The list is that of NVIDIA's own llmapi model.
-_MPI_VARIABLES = frozenset(
-    [f"OMPI_COMM_WORLD_{name}" for name in ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK", "NODE_RANK")]
-    + ["OMPI_UNIVERSE_SIZE", "OMPI_FIRST_RANKS", "OMPI_APP_CTX_NUM_PROCS"]
-    + [f"PMIX_{name}" for name in ("RANK", "NAMESPACE", "SERVER_URI", "SERVER_URI2", "SERVER_URI21", "SERVER_URI3")]
-    + [f"PMIX_{name}" for name in ("SERVER_TMPDIR", "SYSTEM_TMPDIR", "SECURITY_MODE", "GDS_MODULE", "BFROPS_MODULE")]
-    + [f"PMIX_{name}" for name in ("PTL_MODULE", "VERSION", "HOSTNAME")]
-    + [f"PMI_{name}" for name in ("RANK", "SIZE", "FD", "SPAWNED", "APPNUM")]
-)
-_MPI_PREFIXES = ("OMPI_MCA_orte_", "ORTE_")
 
 # Arguments that are objects of the library: a misspelled name in a dict of ours must not vanish.
 _ARGUMENT_CLASSES = {
@@ -253,9 +242,8 @@ def _library_version() -> tuple[int, int]:
 
 
 def _forget_mpi() -> None:
-    for name in list(os.environ):
-        if name in _MPI_VARIABLES or name.startswith(_MPI_PREFIXES):
-            del os.environ[name]
+    for name in mpi_identity(os.environ):
+        del os.environ[name]
 
 
 def _show_only(gpus: Sequence[Gpu]) -> None:
