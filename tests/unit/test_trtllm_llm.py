@@ -17,35 +17,14 @@ import trtllm_llm
 from engine_manifest import EngineManifest, ManifestError, list_files
 from generation import EngineError
 from gpus import Gpu
+from manifests import TENSORRT
 from trtllm_environment import make
 from trtllm_llm import LlmPlan, check_installation, import_library, plan_llm
 
 RUNTIME = Path(trtllm_llm.__file__).parent
 GPUS = [Gpu(index=index, product="NVIDIA-L4", compute_capability="8.9", memory_mib=23034) for index in (3, 5, 6, 7)]
 LIMITS = {"max_batch_size": 8, "max_input_len": 1000, "max_seq_len": 1024, "max_beam_width": 1}
-MANIFEST = EngineManifest(
-    key="ab" * 32,
-    engine="tensorrt",
-    model="gpt2",
-    revision=None,
-    checkpoint_digest="cd" * 32,
-    architecture="GPT2LMHeadModel",
-    dtype="float16",
-    quantization="none",
-    kv_cache_dtype="auto",
-    tensor_parallel=2,
-    pipeline_parallel=1,
-    limits=LIMITS,
-    vocab_size=50257,
-    bos_token_id=50256,
-    eos_token_ids=[50256],
-    pad_token_id=None,
-    kv_bytes_per_token=36864,
-    gpu={"product": "NVIDIA-L4", "compute_capability": "8.9"},
-    versions={"tensorrt_llm": "1.2.1", "tensorrt": "10.14.1.48"},
-    created="2026-11-26T00:00:00+00:00",
-    files={},
-)
+MANIFEST = replace(TENSORRT, tensor_parallel=2, limits=LIMITS)
 ENGINE_CONFIG = {
     "version": "1.2.1",
     "pretrained_config": {"mapping": {"world_size": 2, "tp_size": 2, "pp_size": 1}},
@@ -160,7 +139,7 @@ def test_what_the_user_gave_comes_on_top(make_engine: MakeEngine):
 def test_a_pytorch_engine_takes_its_limits_from_the_manifest(make_engine: MakeEngine, library_version: Callable):
     users = {"max_num_tokens": 8192, "enable_chunked_prefill": True}
     arguments = plan_llm(*make_engine(users=users, engine="pytorch", gpu=None), GPUS).arguments
-    assert {**LIMITS, **users, "dtype": "float16", "enable_iter_perf_stats": True}.items() <= arguments.items()
+    assert {**LIMITS, **users, "dtype": MANIFEST.dtype, "enable_iter_perf_stats": True}.items() <= arguments.items()
 
 
 def test_one_gpu_per_rank(make_engine: MakeEngine):
