@@ -21,7 +21,7 @@ from engine_manifest import (
     read_manifest,
     write_manifest,
 )
-from manifests import MANIFEST, TENSORRT
+from manifests import MANIFEST, PYTORCH, TENSORRT
 
 A10G, H100 = ("NVIDIA-A10G", "8.6"), ("NVIDIA-H100-80GB-HBM3", "9.0")
 
@@ -322,6 +322,11 @@ def test_too_few_gpus_are_refused():
     )
 
 
-@pytest.mark.parametrize("gpu", [None, A10G, H100])
+@pytest.mark.parametrize("gpu", [A10G, H100])
 def test_pytorch_runs_on_any_gpu_and_version(gpu):
-    check_machine(replace(MANIFEST, engine="pytorch"), gpu=gpu, versions={}, world_size=8)
+    check_machine(PYTORCH, gpu=gpu, versions={}, world_size=8)
+
+
+def test_pytorch_does_not_run_without_a_gpu():
+    message = sentence(check_machine, PYTORCH, gpu=None, versions={}, world_size=0)
+    assert "runs on 1 NVIDIA GPUs; this machine has none that nvidia-smi names; start the container with its" in message
