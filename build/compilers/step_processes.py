@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from gpus import Gpu, pin_environment
-from mpi_identity import mpi_identity
+from library_environment import library_environment
 
 log = logging.getLogger(__name__)
 
@@ -147,8 +147,8 @@ class _Running:
 
 
 def _environment(step: Step) -> dict[str, str]:
-    dropped = mpi_identity(os.environ) | LIBRARY_SWITCHES
-    environment = {name: value for name, value in os.environ.items() if name not in dropped}
+    inherited = {name: value for name, value in os.environ.items() if name not in LIBRARY_SWITCHES}
+    environment = library_environment(inherited)
     environment |= pin_environment(step.gpus) | {"PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     if not step.needs_hub:
         environment["HF_HUB_OFFLINE"] = "1"  # whatever a checkpoint's files refer to is not fetched

@@ -179,12 +179,12 @@ def test_without_statistics_it_serves_all_the_same(
 
 
 def test_statistics_go_on_after_a_pause(two_ranks: Path, faulty: TrtllmEnvironment, start: Callable[..., Server]):
-    """The library's iterator of statistics ends when it is idle for two seconds; the next request needs a new one."""
+    """The library's iterator of statistics ends when it is idle for ten seconds; the next request needs a new one."""
     server = start(two_ranks, faulty)
     assert server.metric("nv_trt_llm_kv_cache_block_metrics", kv_cache_block_type="max") > 0  # before any request
     faulty.inject(step_seconds=0.02)
-    for _ in range(2):
-        time.sleep(2.6)
+    for pause in (0, 11):
+        time.sleep(pause)
         with ThreadPoolExecutor() as pool:
             asked = pool.submit(count, server, 200)
             wait_for(lambda: server.metric("nv_trt_llm_request_metrics", request_type="scheduled") == 1)
@@ -192,6 +192,32 @@ def test_statistics_go_on_after_a_pause(two_ranks: Path, faulty: TrtllmEnvironme
             assert asked.result(SECONDS)["num_output_tokens"] == 200
         wait_for(lambda: server.metric("nv_trt_llm_request_metrics", request_type="scheduled") == 0)
         wait_for(lambda: server.metric("nv_trt_llm_kv_cache_block_metrics", kv_cache_block_type="used") == 0)
+
+
+@pytest.mark.parametrize("kind", ["tensorrt", "pytorch"])
+def test_a_client_that_goes_ends_the_work_of_the_engine(
+    kind: str,
+    two_ranks: Path,
+    build_on_gpus: Callable[..., Path],
+    faulty: TrtllmEnvironment,
+    start: Callable[..., Server],
+):
+    """Nine requests: one more than slots, which waits in the library's own queue, where aborts may stay unanswered."""
+    server = start(two_ranks if kind == "tensorrt" else build_on_gpus("pytorch"), faulty)
+    faulty.inject(step_seconds=0.05)  # 45 s for one of them
+    connections = []
+    for _ in range(9):
+        connections.append(http.client.HTTPConnection("127.0.0.1", server.http_port, timeout=SECONDS))
+        body = {"text_input": "Count", "max_tokens": 900, "end_id": -1, "stream": True}
+        connections[-1].request("POST", f"/v2/models/{server.name}/generate_stream", json.dumps(body))
+    wait_for(lambda: server.metric("nv_trt_llm_request_metrics", request_type="scheduled") == 8)
+    for connection in connections:
+        connection.close()
+    wait_for(lambda: server.active_requests() == 0, seconds=15)
+    wait_for(lambda: server.metric("nv_trt_llm_request_metrics", request_type="scheduled") == 0, seconds=15)
+    wait_for(lambda: server.metric("nv_trt_llm_kv_cache_block_metrics", kv_cache_block_type="used") == 0, seconds=15)
+    assert count(server, 3)["num_output_tokens"] == 3
+    assert server.stop() == 0
 
 
 def test_an_abort_that_is_never_answered_keeps_nobody(

@@ -17,6 +17,7 @@ import trtllm_llm
 from engine_manifest import EngineManifest, ManifestError, list_files
 from generation import EngineError
 from gpus import Gpu
+from library_environment import library_environment
 from manifests import TENSORRT
 from trtllm_environment import make
 from trtllm_llm import LlmPlan, check_installation, import_library, plan_llm
@@ -282,3 +283,19 @@ def test_a_library_that_cannot_be_imported_is_told_in_a_sentence(tmp_path: Path)
     variables = {**os.environ, "PYTHONPATH": f"{tmp_path}:{RUNTIME}"}
     done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("TensorRT-LLM cannot be imported: OSError: libcuda.so.1: cannot open")
+
+
+def test_a_home_that_can_be_written_stays(tmp_path: Path):
+    environment = library_environment({"HOME": str(tmp_path), "HF_HOME": "/models"})
+    assert (environment["HOME"], environment["HF_HOME"]) == (str(tmp_path), "/models")
+
+
+@pytest.mark.parametrize("home", [None, "/does/not/exist"])
+def test_without_a_home_the_librarys_caches_get_a_folder(home: str | None):
+    """flashinfer writes into it while it is imported, and an OSError of its ends the import of tensorrt_llm."""
+    environment = library_environment({"HF_HOME": "/models"} | ({"HOME": home} if home else {}))
+    made = Path(environment["HOME"])
+    assert made.is_dir() and os.access(made, os.W_OK)
+    assert environment["FLASHINFER_WORKSPACE_BASE"] == environment["TRITON_CACHE_DIR"] == str(made)
+    assert environment["HF_HOME"] == "/models"
+    made.rmdir()

@@ -23,13 +23,14 @@ from typing import Any
 from engine_manifest import EngineManifest, ManifestError
 from generation import Capability, EngineError
 from gpus import Gpu, pin_environment
-from mpi_identity import mpi_identity
+from library_environment import library_environment
 from trtllm_installation import has_engine_backend, pytorch_architectures, versions
 
 LLM_ARGUMENTS_NAME = "llm_args.json"  # the user's own arguments, which the build has checked
 
 # Arguments that are objects of the library: a misspelled name in a dict of ours must not vanish.
 _ARGUMENT_CLASSES = {
+    "build_config": "BuildConfig",
     "kv_cache_config": "KvCacheConfig",
     "scheduler_config": "SchedulerConfig",
     "cuda_graph_config": "CudaGraphConfig",
@@ -127,8 +128,7 @@ def import_library(plan: LlmPlan) -> Library:
     """
     if "tensorrt_llm" in sys.modules:
         raise EngineError("this process has run TensorRT-LLM before, which can be started once per process; restart it")
-    _forget_mpi()
-    _show_only(plan.gpus)
+    _set_up_environment(plan.gpus)
     try:
         if plan.engine == "tensorrt":
             from tensorrt_llm._tensorrt_engine import LLM
@@ -175,6 +175,8 @@ def _check_engine_config(folder: Path, manifest: EngineManifest) -> dict[str, An
             )
     return limits | {
         "max_num_tokens": max_num_tokens,
+        # Limits are cut to those of this one before the engine's own takes its place; by default to 8192 tokens.
+        "build_config": limits | {"max_num_tokens": max_num_tokens},
         "enable_chunked_prefill": has_paged_context,
         # Reuse of KV blocks needs it as well.
         "kv_cache_config": {"enable_block_reuse": has_paged_context},
@@ -241,13 +243,11 @@ def _library_version() -> tuple[int, int]:
 # ---- the process -----------------------------------------------------------------------------------------------------
 
 
-def _forget_mpi() -> None:
-    for name in mpi_identity(os.environ):
-        del os.environ[name]
-
-
-def _show_only(gpus: Sequence[Gpu]) -> None:
-    """By numbers: parts of TensorRT-LLM cannot read GPU UUIDs."""
+def _set_up_environment(gpus: Sequence[Gpu]) -> None:
+    """Devices by numbers: parts of TensorRT-LLM cannot read GPU UUIDs."""
     visible = pin_environment(gpus)
-    # What the processes of the ranks make CUDA_VISIBLE_DEVICES of.
-    os.environ.update(visible, TRTLLM_VISIBLE_DEVICES=visible["CUDA_VISIBLE_DEVICES"])
+    # What later releases make CUDA_VISIBLE_DEVICES of in the processes of the ranks.
+    wanted = library_environment(os.environ) | visible | {"TRTLLM_VISIBLE_DEVICES": visible["CUDA_VISIBLE_DEVICES"]}
+    for name in os.environ.keys() - wanted.keys():
+        del os.environ[name]
+    os.environ.update(wanted)

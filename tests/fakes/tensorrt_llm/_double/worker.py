@@ -225,7 +225,11 @@ class Worker:
         begin, allocated = time.perf_counter(), self._blocks.allocated
         self._num_completed = 0
         error = self._obey_faults()
-        responses = [self._end(one, "cancelled") for one in (*self._waiting, *self._active) if one.is_aborted]
+        responses = [self._end(one, "cancelled") for one in self._active if one.is_aborted]
+        for one in [one for one in self._waiting if one.is_aborted]:
+            response = self._end(one, "cancelled")
+            # The PyTorch backend's queue only forgets it (executor_request_queue.py, update_waiting_queue).
+            responses += [response] if self._settings["is_engine"] else []
         self._admit()
         counts = {"context": 0, "context_tokens": 0, "generation": 0}
         for sequence, logits in self._compute(counts):

@@ -1,1 +1,0 @@
-../model_repo/tensorrt_llm/1/mpi_identity.py
