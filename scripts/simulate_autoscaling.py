@@ -83,13 +83,14 @@ def read_setting(arguments: argparse.Namespace, recorded: RecordedRun | None) ->
     """Raises UsageError for options that do not go together."""
     if arguments.min_replicas > arguments.max_replicas:
         raise UsageError(
-            f"--min-replicas {arguments.min_replicas} is above --max-replicas {arguments.max_replicas}; swap or raise one"
+            f"--min-replicas {arguments.min_replicas} is above --max-replicas {arguments.max_replicas}; "
+            "swap or raise one"
         )
     begin_with = arguments.begin_with or arguments.min_replicas
     if arguments.gpus is not None and begin_with * arguments.gpus_per_pod > arguments.gpus:
         raise UsageError(
-            f"--gpus {arguments.gpus} are too few for the {begin_with} Pods at the start with {arguments.gpus_per_pod} each; "
-            f"give at least {begin_with * arguments.gpus_per_pod}"
+            f"--gpus {arguments.gpus} are too few for the {begin_with} Pods at the start with {arguments.gpus_per_pod} "
+            f"each; give at least {begin_with * arguments.gpus_per_pod}"
         )
     signals = [target.signal for targets in arguments.signal or [] for target in targets]
     if "kvCache" in signals and arguments.kv_tokens is None:

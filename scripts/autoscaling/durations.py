@@ -1,4 +1,4 @@
-"""How long something takes: `30`, `90s`, `uniform:20:40`, `normal:60:10`, `lognormal:60:20`, `exponential:30`, `choice:0,90`."""
+"""How long something takes: `30`, `90s`, `uniform:20:40`, `lognormal:60:20`, `exponential:30`, `choice:0,90`."""
 
 from __future__ import annotations
 

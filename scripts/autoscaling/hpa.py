@@ -99,7 +99,9 @@ def replicas_for_pods(current: int, target_milli: int, sample: PodsSample, behav
     return current if turns_round else replicas
 
 
-def replicas_for_average_value(current: int, target_milli: int, total_milli: int | None, behavior: Behavior) -> int | None:
+def replicas_for_average_value(
+    current: int, target_milli: int, total_milli: int | None, behavior: Behavior
+) -> int | None:
     """A metric of type External (or Object) with an AverageValue: the total is for all Pods together."""
     if total_milli is None:
         return None

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from heapq import heappop, heappush
 from pathlib import Path
-from random import Random
 from typing import Literal, Protocol
 
 import numpy as np
@@ -221,7 +220,9 @@ def poisson_times(rate: Schedule, seconds: float, generator: np.random.Generator
             break
         if math.isinf(step.seconds) or begin + step.seconds > seconds:
             length = seconds - begin
-            step = Step(start=step.start, end=step.end if math.isinf(step.seconds) else step.level(length), seconds=length)
+            step = Step(
+                start=step.start, end=step.end if math.isinf(step.seconds) else step.level(length), seconds=length
+            )
         areas = np.sort(generator.random(generator.poisson(step.area))) * step.area
         root = np.sqrt(np.maximum(step.start**2 + 2 * step.slope * areas, 0))
         parts.append(begin + 2 * areas / (step.start + root))
@@ -259,4 +260,3 @@ def pattern_schedule(pattern: Pattern, low: float, high: float, seconds: float) 
             parts = [(start, end, 1) for start, end in zip(wave, wave[1:], strict=False)]
     whole = sum(part for _, _, part in parts)
     return Schedule(steps=tuple(Step(start=a, end=b, seconds=seconds * part / whole) for a, b, part in parts))
-

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import option_types
 from autoscaling.balancing import Balancing
@@ -47,86 +48,188 @@ def _load(group: argparse._ArgumentGroup) -> None:
         help="what is simulated (default: the trace, the schedule; of a pattern 1h, of a day 24h)",
     )
     lengths = option_types.lengths
-    group.add_argument("--input-tokens", type=lengths, default="lognormal:256:128:4096", metavar="LENGTHS",
-                       help="as 128, uniform:16:256, lognormal:MEAN:DEVIATION:HIGHEST (default: %(default)s)")  # fmt: skip
-    group.add_argument("--output-tokens", type=lengths, default="lognormal:256:128:2048", metavar="LENGTHS",
-                       help="of a trace, for lines without them (default: %(default)s)")  # fmt: skip
-    group.add_argument("--think", type=option_types.duration_or_zero, default=0.0, metavar="TIME",
-                       help="pause of a user between answer and question (default: 0)")  # fmt: skip
+    group.add_argument(
+        "--input-tokens",
+        type=lengths,
+        default="lognormal:256:128:4096",
+        metavar="LENGTHS",
+        help="as 128, uniform:16:256, lognormal:MEAN:DEVIATION:HIGHEST (default: %(default)s)",
+    )
+    group.add_argument(
+        "--output-tokens",
+        type=lengths,
+        default="lognormal:256:128:2048",
+        metavar="LENGTHS",
+        help="of a trace, for lines without them (default: %(default)s)",
+    )
+    group.add_argument(
+        "--think",
+        type=option_types.duration_or_zero,
+        default=0.0,
+        metavar="TIME",
+        help="pause of a user between answer and question (default: 0)",
+    )
     group.add_argument("--seed", type=option_types.whole(0), default=1, help="the same seed, the same run (default: 1)")
 
 
 def _server(group: argparse._ArgumentGroup) -> None:
     positive = option_types.number(1e-6, math.inf)
     group.add_argument("--slots", type=option_types.whole(1), default=16, help="--max-batch-size (default: 16)")
-    group.add_argument("--tokens-per-second", type=positive, default=50.0,
-                       help="of each sequence, at the batch that is served (default: 50)")  # fmt: skip
-    group.add_argument("--prefill-seconds", type=option_types.number(0, math.inf), default=0.2,
-                       help="from slot to first token, for any prompt (default: 0.2)")  # fmt: skip
-    group.add_argument("--prefill-tokens-per-second", type=positive, default=math.inf,
-                       help="and besides, by the prompt's length (default: no limit)")  # fmt: skip
-    group.add_argument("--kv-tokens", type=option_types.whole(32), default=None,
-                       help="room of the KV cache (default: never full)")  # fmt: skip
-    group.add_argument("--balancing", choices=get_args(Balancing), default="round-robin",
-                       help="by request: round-robin, least-requests; or by connection (default: round-robin)")  # fmt: skip
+    group.add_argument(
+        "--tokens-per-second",
+        type=positive,
+        default=50.0,
+        help="of each sequence, at the batch that is served (default: 50)",
+    )
+    group.add_argument(
+        "--prefill-seconds",
+        type=option_types.number(0, math.inf),
+        default=0.2,
+        help="from slot to first token, for any prompt (default: 0.2)",
+    )
+    group.add_argument(
+        "--prefill-tokens-per-second",
+        type=positive,
+        default=math.inf,
+        help="and besides, by the prompt's length (default: no limit)",
+    )
+    group.add_argument(
+        "--kv-tokens", type=option_types.whole(32), default=None, help="room of the KV cache (default: never full)"
+    )
+    group.add_argument(
+        "--balancing",
+        choices=get_args(Balancing),
+        default="round-robin",
+        help="by request: round-robin, least-requests; or by connection (default: round-robin)",
+    )
     group.add_argument("--connections", type=option_types.whole(1), default=64, help="of all clients (default: 64)")
-    group.add_argument("--connection-age", type=option_types.duration, default=math.inf, metavar="TIME",
-                       help="after which a connection is opened anew (default: never)")  # fmt: skip
+    group.add_argument(
+        "--connection-age",
+        type=option_types.duration,
+        default=math.inf,
+        metavar="TIME",
+        help="after which a connection is opened anew (default: never)",
+    )
 
 
 def _pods(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--image-pull", type=_durations, default="0", metavar="TIMES",
-                       help="as 30, uniform:20:40, lognormal:60:20, exponential:30, choice:0,0,90 (default: 0)")  # fmt: skip
+    group.add_argument(
+        "--image-pull",
+        type=_durations,
+        default="0",
+        metavar="TIMES",
+        help="as 30, uniform:20:40, lognormal:60:20, exponential:30, choice:0,0,90 (default: 0)",
+    )
     group.add_argument("--engine-load", type=_durations, default="40", metavar="TIMES", help="(default: 40 s)")
-    group.add_argument("--drain", type=option_types.duration, default=120.0, metavar="TIME",
-                       help="that a Pod has to finish its answers; then it is killed (default: 120 s)")  # fmt: skip
+    group.add_argument(
+        "--drain",
+        type=option_types.duration,
+        default=120.0,
+        metavar="TIME",
+        help="that a Pod has to finish its answers; then it is killed (default: 120 s)",
+    )
     group.add_argument("--gpus", type=option_types.whole(1), default=None, help="in all (default: any number)")
     group.add_argument("--gpus-per-pod", type=option_types.whole(1), default=1, help="(default: 1)")
-    group.add_argument("--begin-with", type=option_types.whole(1), default=None, metavar="PODS",
-                       help="Pods that are ready at the start (default: --min-replicas)")  # fmt: skip
+    group.add_argument(
+        "--begin-with",
+        type=option_types.whole(1),
+        default=None,
+        metavar="PODS",
+        help="Pods that are ready at the start (default: --min-replicas)",
+    )
 
 
 def _autoscaler(group: argparse._ArgumentGroup) -> None:
     window = option_types.number(0, 3600)
-    group.add_argument("--mode", choices=get_args(Mode), default="keda",
-                       help="keda: External metrics; hpa: Pods metrics (default: keda)")  # fmt: skip
-    group.add_argument("--signal", type=_targets, action="append", metavar="NAME=TARGET[+NAME=TARGET]",
-                       help="concurrency, queueComputeRatio, kvCache; with + the largest wins; given again, another run "
-                       "to compare (default: concurrency= three quarters of the slots)")  # fmt: skip
+    group.add_argument(
+        "--mode",
+        choices=get_args(Mode),
+        default="keda",
+        help="keda: External metrics; hpa: Pods metrics (default: keda)",
+    )
+    group.add_argument(
+        "--signal",
+        type=_targets,
+        action="append",
+        metavar="NAME=TARGET[+NAME=TARGET]",
+        help="concurrency, queueComputeRatio, kvCache; with + the largest wins; given again, another run "
+        "to compare (default: concurrency= three quarters of the slots)",
+    )
     group.add_argument("--min-replicas", type=option_types.whole(1), default=1, help="(default: 1)")
     group.add_argument("--max-replicas", type=option_types.whole(1), default=8, help="(default: 8)")
     group.add_argument("--tolerance", type=option_types.number(0, 1), default=0.1, help="(default: 0.1)")
     for direction, seconds, policies in (("up", 0, "percent:100:15,pods:4:15"), ("down", 300, "percent:100:15")):
-        group.add_argument(f"--scale-{direction}-window", type=window, default=float(seconds), metavar="SECONDS",
-                           help=f"stabilization (default: {seconds})")  # fmt: skip
-        group.add_argument(f"--scale-{direction}-policies", type=_policies, default=policies, metavar="POLICIES",
-                           help="KIND:VALUE:SECONDS, with commas (default: %(default)s)")  # fmt: skip
-        group.add_argument(f"--scale-{direction}-select", type=str.title, choices=get_args(PolicySelection),
-                           default="Max", help="of several policies (default: Max)")  # fmt: skip
+        group.add_argument(
+            f"--scale-{direction}-window",
+            type=window,
+            default=float(seconds),
+            metavar="SECONDS",
+            help=f"stabilization (default: {seconds})",
+        )
+        group.add_argument(
+            f"--scale-{direction}-policies",
+            type=_policies,
+            default=policies,
+            metavar="POLICIES",
+            help="KIND:VALUE:SECONDS, with commas (default: %(default)s)",
+        )
+        group.add_argument(
+            f"--scale-{direction}-select",
+            type=str.title,
+            choices=get_args(PolicySelection),
+            default="Max",
+            help="of several policies (default: Max)",
+        )
     interval = option_types.duration
     group.add_argument("--sync-period", type=interval, default=15.0, metavar="TIME", help="(default: 15 s)")
     group.add_argument("--scrape-interval", type=interval, default=15.0, metavar="TIME", help="(default: 15 s)")
-    group.add_argument("--evaluation-interval", type=interval, default=15.0, metavar="TIME",
-                       help="of the recording rules (default: 15 s, as monitoring/rules.yaml)")  # fmt: skip
-    group.add_argument("--metric-delay", type=option_types.duration_or_zero, default=0.0, metavar="TIME",
-                       help="age of what an adapter answers (default: 0)")  # fmt: skip
+    group.add_argument(
+        "--evaluation-interval",
+        type=interval,
+        default=15.0,
+        metavar="TIME",
+        help="of the recording rules (default: 15 s, as monitoring/rules.yaml)",
+    )
+    group.add_argument(
+        "--metric-delay",
+        type=option_types.duration_or_zero,
+        default=0.0,
+        metavar="TIME",
+        help="age of what an adapter answers (default: 0)",
+    )
 
 
 def _output(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--first-token-within", type=option_types.number(1e-3, math.inf), default=2.0, metavar="SECONDS",
-                       help="the objective (default: 2)")  # fmt: skip
-    group.add_argument("--for-share", type=option_types.number(0.5, 0.99999), default=0.95, metavar="SHARE",
-                       help="of the requests (default: 0.95)")  # fmt: skip
+    group.add_argument(
+        "--first-token-within",
+        type=option_types.number(1e-3, math.inf),
+        default=2.0,
+        metavar="SECONDS",
+        help="the objective (default: 2)",
+    )
+    group.add_argument(
+        "--for-share",
+        type=option_types.number(0.5, 0.99999),
+        default=0.95,
+        metavar="SHARE",
+        help="of the requests (default: 0.95)",
+    )
     group.add_argument("--no-recommendation", action="store_true", help="only what was asked for")
     group.add_argument("--json", action="store_true", help="one JSON object instead of the text")
     group.add_argument("--plot", type=Path, metavar="FILE", help="a picture of all runs")
-    group.add_argument("--compare", type=Path, metavar="FILE",
-                       help="a recorded run, and how far the first simulated one is off; exit code 1 beyond "
-                       "its tolerances. Its load is taken if none is given")  # fmt: skip
+    group.add_argument(
+        "--compare",
+        type=Path,
+        metavar="FILE",
+        help="a recorded run, and how far the first simulated one is off; exit code 1 beyond "
+        "its tolerances. Its load is taken if none is given",
+    )
 
 
-def _sentences(check):
-    def checked(text: str):
+def _sentences(check: Callable[[str], Any]) -> Callable[[str], Any]:
+    """argparse says 'invalid value' of a ValueError; this keeps the sentence."""
+
+    def checked(text: str) -> Any:
         try:
             return check(text)
         except UsageError as error:
@@ -136,7 +239,7 @@ def _sentences(check):
 
 
 _durations = _sentences(parse_durations)
-_schedule: object = _sentences(parse_schedule)
+_schedule = _sentences(parse_schedule)
 
 
 @_sentences
@@ -159,7 +262,9 @@ def _targets(text: str) -> tuple[Target, ...]:
         except ValueError:
             number = math.nan
         if not 0.001 <= number < math.inf:
-            raise UsageError(f"{part!r} has no target; write {name}=NUMBER, at least 0.001, the least that Kubernetes knows")
+            raise UsageError(
+                f"{part!r} has no target; write {name}=NUMBER, at least 0.001, the least that Kubernetes knows"
+            )
         if name in [target.signal for target in targets]:
             raise UsageError(f"{text!r} has {name} twice; the larger target would never matter, so leave it out")
         targets.append(Target(signal=name, value=number))

@@ -39,7 +39,9 @@ def write_plot(runs: dict[str, Run], title: str, path: Path, recorded: RecordedR
         delay.plot(middles / divisor, p95, color=color, label=f"{name}: p95")
     replicas.plot(hours, needed_replicas(run), color="black", alpha=0.4, label=f"needed at {name}")
     if recorded is not None:
-        replicas.step(recorded.times / divisor, recorded.wanted, where="post", color="tab:red", label="recorded: wanted")
+        replicas.step(
+            recorded.times / divisor, recorded.wanted, where="post", color="tab:red", label="recorded: wanted"
+        )
     signal.axhline(1, color="black", linestyle=":")
     replicas.set_ylabel("Pods")
     signal.set_ylabel("signal per target")

@@ -52,14 +52,15 @@ def recommend(setting: Setting, objective: Objective) -> Recommendation:
         blocks = float(server.blocks(inputs, outputs).mean())
         slots = max(1, min(server.slots, int(server.kv_blocks / blocks)))
         steps.append(
-            f"slots that can be used: min({server.slots} slots, {server.kv_blocks:g} KV blocks / {blocks:.1f} a request) = {slots}"
+            f"slots that can be used: min({server.slots} slots, {server.kv_blocks:g} KV blocks / {blocks:.1f} a request) "
+            f"= {slots}"
         )
 
     patience = objective.seconds - prefill
     if patience <= 0:
         raise UsageError(
-            f"--first-token-within {objective.seconds:g} is not above the prefill of {prefill:.2f} s, which no number of "
-            "Pods shortens; give more time or a faster prefill"
+            f"--first-token-within {objective.seconds:g} is not above the prefill of {prefill:.2f} s, which no number "
+            "of Pods shortens; give more time or a faster prefill"
         )
     by_waiting = [
         target for target in _targets(slots) if late_share(slots, target, service, patience) <= 1 - objective.share
@@ -69,8 +70,9 @@ def recommend(setting: Setting, objective: Objective) -> Recommendation:
             f"one slot's queue is too long for {objective} at any target; give --slots or --first-token-within more"
         )
     steps.append(
-        f"a Pod with {slots} slots, answers of {service:.2f} s and {patience:.2f} s of patience: with {by_waiting[0]:g} "
-        f"requests offered, {late_share(slots, by_waiting[0], service, patience):.2%} wait longer (Erlang C), and more with more"
+        f"a Pod with {slots} slots, answers of {service:.2f} s and {patience:.2f} s of patience: of {by_waiting[0]:g} "
+        f"requests at a time, {late_share(slots, by_waiting[0], service, patience):.2%} wait longer (Erlang C); of one "
+        f"more, {late_share(slots, by_waiting[0] + 1, service, patience):.2%}"
     )
 
     control = _control_seconds(setting)
@@ -78,9 +80,9 @@ def recommend(setting: Setting, objective: Objective) -> Recommendation:
     start_p50, start_p95 = median(starts), float(np.quantile(starts, 0.95))
     reaction = control + start_p95
     steps.append(
-        f"reaction: scrape {setting.prometheus.scrape_seconds:g} + rules {setting.prometheus.evaluation_seconds:g} + delay "
-        f"{setting.prometheus.delay_seconds:g} + sync {setting.autoscaling.sync_seconds:g} + Pod start {start_p95:.0f} (p95) "
-        f"= {reaction:.0f} s at worst"
+        f"reaction: scrape {setting.prometheus.scrape_seconds:g} + rules {setting.prometheus.evaluation_seconds:g} "
+        f"+ delay {setting.prometheus.delay_seconds:g} + sync {setting.autoscaling.sync_seconds:g} + Pod start "
+        f"{start_p95:.0f} (p95) = {reaction:.0f} s at worst"
     )
 
     down_window = _rounded_up(min(max(reaction, 2 * service), _LONGEST_WINDOW), 30)
@@ -97,8 +99,8 @@ def recommend(setting: Setting, objective: Objective) -> Recommendation:
     most = int(max(needed.max(), fewest))
     late = _late(curve, np.clip(held, fewest, max(most, fewest)), slots)
     steps.append(
-        f"headroom: in {reaction:.0f} s the load grows beyond the slots of Pods asked for that long ago for {late:.2%} of "
-        f"the requests, with target {target:g} and at least {fewest} Pods; the cheapest of all pairs below "
+        f"headroom: with target {target:g} and at least {fewest} Pods, {late:.2%} of the requests come while there are "
+        f"more than the slots of the Pods that were asked for {reaction:.0f} s ago; the cheapest of all pairs below "
         f"{1 - objective.share:.1%}, else the nearest"
     )
     limit = _pod_limit(setting)
@@ -113,15 +115,16 @@ def recommend(setting: Setting, objective: Objective) -> Recommendation:
     steps.append(f"scale-up: in one Pod start ({period} s, p50) the load comes to need at most {rise} Pods more")
     percent = int(100 * (1 - target / slots))
     steps.append(
-        f"scale-down: {percent} % fewer Pods have {target:g} / (1 - {percent / 100:g}) = {target / (1 - percent / 100):.1f} "
-        f"requests each, which is within {slots} slots; per {_rounded_up(control, 15)} s, when metrics have seen it"
+        f"scale-down: {percent} % fewer Pods have {target:g} / (1 - {percent / 100:g}) = "
+        f"{target / (1 - percent / 100):.1f} requests each, which is within {slots} slots; per {_rounded_up(control, 15)} "
+        "s, when metrics have seen it"
     )
 
     tolerance = given.scale_up.tolerance
     if target * (1 + tolerance) > slots:
         steps.append(
-            f"tolerance: {tolerance:g} lets {target * (1 + tolerance):.1f} requests per Pod pass without a scale-up, more "
-            f"than {slots} slots; with many Pods set behavior.scaleUp.tolerance to {max(0.0, slots / target - 1):.2f}"
+            f"tolerance: {tolerance:g} lets {target * (1 + tolerance):.1f} requests per Pod pass without a scale-up, "
+            f"more than {slots} slots; behavior.scaleUp.tolerance {max(0.0, slots / target - 1):.2f} would not"
         )
     behavior = replace(
         given,
@@ -168,7 +171,7 @@ def late_share(servers: int, load: float, service_seconds: float, patience_secon
 
 
 def behavior_as_api(behavior: Behavior) -> dict[str, Any]:
-    """`spec.behavior` of autoscaling/v2. The tolerance only where it is not the cluster's own: it is a younger field."""
+    """`spec.behavior` of autoscaling/v2. The tolerance, a younger field, only where it is not the cluster's own."""
     described = {}
     for name, rules in (("scaleUp", behavior.scale_up), ("scaleDown", behavior.scale_down)):
         described[name] = {

@@ -93,13 +93,16 @@ def compare(recorded: RecordedRun, run: Run) -> list[Difference]:
                 f"{(far <= REPLICA_TOLERANCE).mean():.1%} of the time within {REPLICA_TOLERANCE}",
             )
         )
-    changes, simulated_changes = _changes(recorded.times, recorded.wanted), [
-        (scaling.seconds, scaling.after - scaling.before) for scaling in run.scalings if scaling.seconds <= recorded.seconds
-    ]
+    changes, simulated_changes = (
+        _changes(recorded.times, recorded.wanted),
+        [
+            (scaling.seconds, scaling.after - scaling.before)
+            for scaling in run.scalings
+            if scaling.seconds <= recorded.seconds
+        ],
+    )
     for name, sign in (("first scale-up", 1), ("last scale-down", -1)):
-        pair = [
-            [seconds for seconds, change in which if change * sign > 0] for which in (changes, simulated_changes)
-        ]
+        pair = [[seconds for seconds, change in which if change * sign > 0] for which in (changes, simulated_changes)]
         if all(pair):
             there, here = (times[0] if sign > 0 else times[-1] for times in pair)
             differences.append(Difference(what=name, recorded=there, simulated=here, unit="s", holds=None))
@@ -205,4 +208,6 @@ def _held_until_next(times: Floats, values: Floats, at: Floats) -> Floats:
 
 
 def _changes(times: Floats, values: Floats) -> list[tuple[float, float]]:
-    return [(float(times[i]), float(values[i] - values[i - 1])) for i in range(1, len(times)) if values[i] != values[i - 1]]
+    return [
+        (float(times[i]), float(values[i] - values[i - 1])) for i in range(1, len(times)) if values[i] != values[i - 1]
+    ]

@@ -19,10 +19,12 @@ def describe(setting: Setting, objective: Objective) -> str:
     return "\n".join(
         (
             f"load       {setting.load.description}, {_time(setting.load.seconds)}",
-            f"server     {server.slots} slots, {server.tokens_per_second:g} tokens/s each, prefill {server.prefill_seconds:g} s{kv}",
+            f"server     {server.slots} slots, {server.tokens_per_second:g} tokens/s each, prefill "
+            f"{server.prefill_seconds:g} s{kv}",
             f"Pods       {behavior.min_replicas} to {behavior.max_replicas}, {gpus}; requests by {setting.balancing}",
             f"loop       {setting.autoscaling.mode}; scrape {setting.prometheus.scrape_seconds:g} s, rules "
-            f"{setting.prometheus.evaluation_seconds:g} s, sync {setting.autoscaling.sync_seconds:g} s; seed {setting.seed}",
+            f"{setting.prometheus.evaluation_seconds:g} s, sync {setting.autoscaling.sync_seconds:g} s; "
+            f"seed {setting.seed}",
             f"objective  {objective}",
         )
     )

@@ -118,9 +118,7 @@ class _Simulation:
         source = setting.load.source(setting.server)
         self._fleet = Fleet(setting.server, source, _balancer(setting, Random(random.random())))
         self._prometheus = Prometheus(setting.prometheus, self._fleet)
-        self._cluster = Cluster(
-            self._environment, setting.pod, self._fleet, self._prometheus, Random(random.random())
-        )
+        self._cluster = Cluster(self._environment, setting.pod, self._fleet, self._prometheus, Random(random.random()))
         self._stabilizer = Stabilizer(setting.autoscaling.behavior)
         self._scalings: list[Scaling] = []
         self._seconds = setting.load.seconds
