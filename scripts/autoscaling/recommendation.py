@@ -52,8 +52,8 @@ def recommend(setting: Setting, objective: Objective) -> Recommendation:
         blocks = float(server.blocks(inputs, outputs).mean())
         slots = max(1, min(server.slots, int(server.kv_blocks / blocks)))
         steps.append(
-            f"slots that can be used: min({server.slots} slots, {server.kv_blocks:g} KV blocks / {blocks:.1f} a request) "
-            f"= {slots}"
+            f"slots that can be used: min({server.slots} slots, {server.kv_blocks:g} KV blocks / {blocks:.1f} a "
+            f"request) = {slots}"
         )
 
     patience = objective.seconds - prefill
@@ -116,8 +116,8 @@ def recommend(setting: Setting, objective: Objective) -> Recommendation:
     percent = int(100 * (1 - target / slots))
     steps.append(
         f"scale-down: {percent} % fewer Pods have {target:g} / (1 - {percent / 100:g}) = "
-        f"{target / (1 - percent / 100):.1f} requests each, which is within {slots} slots; per {_rounded_up(control, 15)} "
-        "s, when metrics have seen it"
+        f"{target / (1 - percent / 100):.1f} requests each, which is within {slots} slots; per "
+        f"{_rounded_up(control, 15)} s, when metrics have seen it"
     )
 
     tolerance = given.scale_up.tolerance

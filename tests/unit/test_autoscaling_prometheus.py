@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,14 +41,14 @@ def series(name: str, pod: int, labels: str, values: list[float]) -> dict[str, s
     return {"series": f'{name}{{instance="{pod}"{labels}}}', "values": text}
 
 
-def scraped(pod: int, samples: list[Gauges | None]) -> list[dict[str, str]]:
+def scraped(model: ServerModel, pod: int, samples: list[Gauges | None]) -> list[dict[str, str]]:
     """What a server of this project would have answered; None: it was not there."""
 
     def column(name: str, factor: float = 1.0) -> list[float]:
         return [math.nan if sample is None else float(getattr(sample, name)[0]) * factor for sample in samples]
 
     requests, engine = "nv_trt_llm_request_metrics", ', model="tensorrt_llm"'
-    places = [math.nan if sample is None else MODEL.slots + MODEL.margin for sample in samples]
+    places = [math.nan if sample is None else model.slots + model.margin for sample in samples]
     return [
         series(requests, pod, ', request_type="max"', places),
         series(requests, pod, ', request_type="scheduled"', column("running")),
@@ -60,10 +61,15 @@ def scraped(pod: int, samples: list[Gauges | None]) -> list[dict[str, str]]:
     ]
 
 
-@pytest.mark.parametrize(("scrape", "evaluation"), [(15, 15), (10, 15), (5, 5), (30, 15), (60, 15)])
-def test_signals_are_those_of_the_recording_rules(scrape: int, evaluation: int, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("scrape", "evaluation", "kv_tokens"),
+    [(15, 15, 64_000), (10, 15, 64_000), (5, 5, 64_000), (30, 15, 64_000), (60, 15, 64_000), (15, 15, 1_600)],
+)
+def test_signals_are_those_of_the_recording_rules(scrape: int, evaluation: int, kv_tokens: int, tmp_path: Path):
+    """With 1,600 tokens of KV cache two to four requests run, and others wait beside free slots."""
     promtool = prometheus_binaries.find("promtool")
-    fleet = Fleet(MODEL, load().source(MODEL), RoundRobin())
+    model = replace(MODEL, kv_tokens=kv_tokens)
+    fleet = Fleet(model, load().source(model), RoundRobin())
     fleet.open(0)
     fleet.balance([0])
     prometheus = Prometheus(PrometheusSettings(scrape_seconds=scrape, evaluation_seconds=evaluation), fleet)
@@ -105,7 +111,7 @@ def test_signals_are_those_of_the_recording_rules(scrape: int, evaluation: int, 
         "tests": [
             {
                 "interval": f"{scrape}s",
-                "input_series": scraped(0, samples[0]) + scraped(1, samples[1]),
+                "input_series": scraped(model, 0, samples[0]) + scraped(model, 1, samples[1]),
                 "promql_expr_test": tests,
             }
         ],
