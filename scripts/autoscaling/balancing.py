@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable
 from heapq import heappop, heappush
 from random import Random
 from typing import Literal, Protocol
@@ -11,9 +12,33 @@ from typing import Literal, Protocol
 Balancing = Literal["round-robin", "least-requests", "connection"]
 
 
+class ReadyPods:
+    """The Pods that take requests, by number; each change costs the same, however many there are."""
+
+    def __init__(self, numbers: Iterable[int] = ()) -> None:
+        self.numbers: list[int] = []
+        self._places: dict[int, int] = {}
+        for number in numbers:
+            self.add(number)
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._places
+
+    def add(self, number: int) -> None:
+        self._places[number] = len(self.numbers)
+        self.numbers.append(number)
+
+    def remove(self, number: int) -> None:
+        """The last one takes its place."""
+        place, last = self._places.pop(number), self.numbers.pop()
+        if last != number:
+            self.numbers[place] = last
+            self._places[last] = place
+
+
 class Balancer(Protocol):
-    def changed(self, ready: Sequence[int]) -> None:
-        """The Pods that take requests from now on, by number; never none."""
+    def use(self, ready: ReadyPods) -> None:
+        """Pick of these, as they are at each pick; never none."""
         ...
 
     def pick(self, seconds: float) -> int:
@@ -29,11 +54,11 @@ class RoundRobin:
     """Each request to the next Pod: a proxy, or a client with `--round-robin`."""
 
     def __init__(self) -> None:
-        self._ready: Sequence[int] = ()
+        self._ready: list[int] = []
         self._next = 0
 
-    def changed(self, ready: Sequence[int]) -> None:
-        self._ready = ready
+    def use(self, ready: ReadyPods) -> None:
+        self._ready = ready.numbers
 
     def pick(self, seconds: float) -> int:
         self._next += 1
@@ -49,13 +74,12 @@ class LeastRequests:
     """The emptier of two Pods that are drawn, as Envoy's LEAST_REQUEST does by default."""
 
     def __init__(self, random: Random) -> None:
-        self._ready: Sequence[int] = ()
+        self._ready: list[int] = []
         self._random = random.random
-        self._ends: dict[int, list[float]] = {}
+        self._ends: defaultdict[int, list[float]] = defaultdict(list)
 
-    def changed(self, ready: Sequence[int]) -> None:
-        self._ready = ready
-        self._ends = {pod: self._ends.get(pod, []) for pod in ready}
+    def use(self, ready: ReadyPods) -> None:
+        self._ready = ready.numbers
 
     def pick(self, seconds: float) -> int:
         ready, number = self._ready, len(self._ready)
@@ -84,17 +108,16 @@ class Connections:
         self._age_seconds = age_seconds
         self._pods = [-1] * number
         self._until = [-math.inf] * number
-        self._ready: Sequence[int] = ()
-        self._are_ready: frozenset[int] = frozenset()
+        self._ready = ReadyPods()
 
-    def changed(self, ready: Sequence[int]) -> None:
+    def use(self, ready: ReadyPods) -> None:
         self._ready = ready
-        self._are_ready = frozenset(ready)
 
     def pick(self, seconds: float) -> int:
         connection = int(self._random() * len(self._pods))
-        if seconds >= self._until[connection] or self._pods[connection] not in self._are_ready:
-            self._pods[connection] = self._ready[int(self._random() * len(self._ready))]
+        if seconds >= self._until[connection] or self._pods[connection] not in self._ready:
+            numbers = self._ready.numbers
+            self._pods[connection] = numbers[int(self._random() * len(numbers))]
             self._until[connection] = seconds + self._age_seconds
         return self._pods[connection]
 

@@ -6,15 +6,18 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from random import Random
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import simpy
+from autoscaling.balancing import ReadyPods
 from autoscaling.durations import Durations
 from autoscaling.prometheus import Prometheus
 from autoscaling.servers import Fleet, Numbers
 
 State = Literal["pending", "pulling", "loading", "ready", "draining"]
+_STATES: tuple[State, ...] = get_args(State)  # in the order in which a ReplicaSet deletes
+_GONE = -1
 
 # A number is used again when no record of the Pod that had it can be asked for any more.
 _QUARANTINE_SECONDS = 600.0
@@ -58,14 +61,16 @@ class Cluster:
         self, environment: simpy.Environment, model: PodModel, fleet: Fleet, prometheus: Prometheus, random: Random
     ):
         self.ledger = Ledger()
-        self.pods: list[Pod] = []
-        self.draining: list[Pod] = []
+        self.pods: dict[int, Pod] = {}
+        self.draining: dict[int, Pod] = {}
         self._environment = environment
         self._model = model
         self._fleet = fleet
         self._prometheus = prometheus
         self._random = random
-        self._known: dict[Any, Any] = {}  # answers to questions about all Pods, until one of them changes
+        self._states = np.full(1024, _GONE, np.int8)  # by number, since all of them are asked for all the time
+        self._ready = ReadyPods()
+        fleet.balance(self._ready)
         self._next_number = 0
         self._old_numbers: list[tuple[float, int]] = []
         self._gpus = None
@@ -77,40 +82,36 @@ class Cluster:
         return len(self.pods)
 
     def in_state(self, *states: State) -> Numbers:
-        if states not in self._known:
-            self._known[states] = np.array([pod.number for pod in self.pods if pod.state in states], dtype=np.int64)
-        return self._known[states]
+        """The numbers of the Pods, those that drain included where they are asked for."""
+        return np.flatnonzero(np.isin(self._states, [_STATES.index(state) for state in states]))
 
     def targets(self) -> Numbers:
         """Whose metrics port answers: it does so until the process ends."""
-        if "targets" not in self._known:
-            draining = np.array([pod.number for pod in self.draining], dtype=np.int64)
-            self._known["targets"] = np.concatenate([self.in_state("ready"), draining])
-        return self._known["targets"]
+        return self.in_state("ready", "draining")
 
     def pod_seconds(self, now: float) -> float:
-        return self.ledger.pod_seconds + sum(now - pod.created for pod in [*self.pods, *self.draining])
+        return self.ledger.pod_seconds + sum(
+            now - pod.created for pod in [*self.pods.values(), *self.draining.values()]
+        )
 
     def begin_with(self, number: int) -> None:
         """So many are ready from the start."""
         for _ in range(number):
             self._create(is_ready=True)
-        self._balance()
 
     def scale_to(self, wanted: int) -> None:
         while len(self.pods) < wanted:
             self._create(is_ready=False)
         if len(self.pods) > wanted:
             self._fleet.advance(self._environment.now)
-            for pod in sorted(self.pods, key=_deletion_order)[: len(self.pods) - wanted]:
+            for pod in sorted(self.pods.values(), key=_deletion_order)[: len(self.pods) - wanted]:
                 self._delete(pod)
-            self._balance()
 
     def _create(self, *, is_ready: bool) -> None:
         number = self._free_number()
         pod = Pod(number, self._environment.now)
-        self.pods.append(pod)
-        self._known.clear()
+        self.pods[number] = pod
+        self._set(pod, "pending")
         self.ledger.started += not is_ready
         pod.process = self._environment.process(self._live(pod, is_ready))
         if is_ready:
@@ -135,19 +136,18 @@ class Cluster:
                 self._fleet.advance(environment.now)
                 self._serve(pod)
                 self.ledger.start_seconds.append(environment.now - pod.created)
-                self._balance()
             yield environment.event()  # until it is deleted
         except simpy.Interrupt:
             pass
         if pod.state == "draining":
             yield environment.timeout(self._drain_seconds(pod))
-            self.draining.remove(pod)
-            self._known.clear()
+            del self.draining[pod.number]
             self._fleet.advance(environment.now)
             self._prometheus.forget(pod.number)
         elif request is not None and not has_gpus:
             has_gpus = request.triggered  # it may have got them in this very moment
             request.cancel()
+        self._states[pod.number] = _GONE
         if has_gpus:
             self._gpus.put(model.gpus_per_pod)
         self.ledger.pod_seconds += environment.now - pod.created
@@ -165,22 +165,22 @@ class Cluster:
     def _serve(self, pod: Pod) -> None:
         self._fleet.open(pod.number)
         self._set(pod, "ready")
+        self._ready.add(pod.number)
         pod.ready_since = self._environment.now
 
     def _delete(self, pod: Pod) -> None:
-        self.pods.remove(pod)
+        del self.pods[pod.number]
         if pod.state == "ready":
-            self.draining.append(pod)
-            pod.state = "draining"
-        self._known.clear()
+            self.draining[pod.number] = pod
+            self._set(pod, "draining")
+            self._ready.remove(pod.number)
         pod.process.interrupt()
 
     def _set(self, pod: Pod, state: State) -> None:
         pod.state = state
-        self._known.clear()
-
-    def _balance(self) -> None:
-        self._fleet.balance(self.in_state("ready").tolist())
+        if pod.number >= len(self._states):
+            self._states = np.concatenate([self._states, np.full(len(self._states), _GONE, np.int8)])
+        self._states[pod.number] = _STATES.index(state)
 
     def _free_number(self) -> int:
         if self._old_numbers and self._old_numbers[0][0] <= self._environment.now:
@@ -192,4 +192,4 @@ class Cluster:
 def _deletion_order(pod: Pod) -> tuple[int, float]:
     """As a ReplicaSet chooses: not scheduled, then not ready, then the newest. (Ages are compared exactly here; a real
     one takes those of one order of magnitude for equal.)"""
-    return ("pending", "pulling", "loading", "ready").index(pod.state), -(pod.ready_since or pod.created)
+    return _STATES.index(pod.state), -(pod.ready_since or pod.created)

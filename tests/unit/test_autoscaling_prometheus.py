@@ -11,7 +11,7 @@ import numpy as np
 import prometheus_binaries
 import pytest
 import yaml
-from autoscaling.balancing import RoundRobin
+from autoscaling.balancing import ReadyPods, RoundRobin
 from autoscaling.offered_load import OpenLoad, poisson_times
 from autoscaling.prometheus import RECORDS, Prometheus, PrometheusSettings, greatest, mean, of, total
 from autoscaling.servers import Fleet, Gauges, ServerModel
@@ -71,7 +71,8 @@ def test_signals_are_those_of_the_recording_rules(scrape: int, evaluation: int, 
     model = replace(MODEL, kv_tokens=kv_tokens)
     fleet = Fleet(model, load().source(model), RoundRobin())
     fleet.open(0)
-    fleet.balance([0])
+    ready = ReadyPods([0])
+    fleet.balance(ready)
     prometheus = Prometheus(PrometheusSettings(scrape_seconds=scrape, evaluation_seconds=evaluation), fleet)
     samples: dict[int, list[Gauges | None]] = {0: [], 1: []}
     expected: list[tuple[int, str, int, float]] = []
@@ -79,7 +80,7 @@ def test_signals_are_those_of_the_recording_rules(scrape: int, evaluation: int, 
         if now == SECOND_POD_FROM:
             fleet.advance(now)
             fleet.open(1)
-            fleet.balance([0, 1])
+            ready.add(1)
         if now % scrape == 0:
             fleet.advance(now)
             fleet.settle()
@@ -127,7 +128,7 @@ def test_signals_are_those_of_the_recording_rules(scrape: int, evaluation: int, 
 def test_a_pod_that_is_gone_has_no_record_and_its_number_begins_anew():
     fleet = Fleet(MODEL, load().source(MODEL), RoundRobin())
     fleet.open(0)
-    fleet.balance([0])
+    fleet.balance(ReadyPods([0]))
     prometheus = Prometheus(PrometheusSettings(), fleet)
     for now in range(0, 240, 15):
         fleet.advance(now)

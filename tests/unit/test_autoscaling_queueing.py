@@ -7,7 +7,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from autoscaling.balancing import Connections, LeastRequests, RoundRobin
+from autoscaling.balancing import Connections, LeastRequests, ReadyPods, RoundRobin
 from autoscaling.durations import parse_durations
 from autoscaling.offered_load import ClosedLoad, OpenLoad, draw_lengths, pattern_schedule, poisson_times
 from autoscaling.recommendation import erlang_c, late_share
@@ -42,7 +42,7 @@ def fleet_of(load: OpenLoad | ClosedLoad, model: ServerModel, pods: int = 1, bal
     fleet = Fleet(model, load.source(model), balancer or RoundRobin())
     for pod in range(pods):
         fleet.open(pod)
-    fleet.balance(range(pods))
+    fleet.balance(ReadyPods(range(pods)))
     return fleet
 
 
@@ -173,12 +173,22 @@ def test_by_request_pods_share_evenly_and_by_connection_they_do_not():
 def test_connections_that_are_renewed_reach_new_pods():
     for age, share in ((math.inf, 0.0), (10.0, 0.5)):
         balancer = Connections(200, age, Random(1))
-        balancer.changed([0])
+        ready = ReadyPods([0])
+        balancer.use(ready)
         for number in range(4000):
             balancer.pick(number / 1000)
-        balancer.changed([0, 1])
+        ready.add(1)
         picked = [balancer.pick(100 + number / 1000) for number in range(4000)]
         assert np.mean(picked) == pytest.approx(share, abs=0.1)
+
+
+def test_pods_that_leave_get_nothing_more():
+    ready, balancer = ReadyPods(range(5)), RoundRobin()
+    balancer.use(ready)
+    for number in (1, 4, 0):
+        ready.remove(number)
+        assert number not in ready
+    assert {balancer.pick(0.0) for _ in range(10)} == {2, 3}
 
 
 def test_a_poisson_process_follows_its_ramp():
