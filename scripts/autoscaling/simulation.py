@@ -143,7 +143,9 @@ class _Simulation:
         )
         environment.process(self._scrape(scrape / NUM_PHASES))
         environment.process(self._evaluate(evaluation))
-        environment.process(self._sync(sync))
+        # The autoscaler is not asked before every server has been seen: a sum over half of them would scale down.
+        seen = setting.prometheus.scrape_seconds + setting.prometheus.evaluation_seconds
+        environment.process(self._sync(seen + setting.prometheus.delay_seconds + sync))
         environment.process(self._record())
         environment.run(until=self._seconds)
         self._fleet.advance(self._seconds)
