@@ -20,7 +20,7 @@ _NUM_WINDOWS = 200  # for percentiles over time
 
 def write_plot(runs: dict[str, Run], title: str, path: Path, recorded: RecordedRun | None = None) -> None:
     """The whole file or none."""
-    figure, (load, replicas, signal, waiting, delay) = plt.subplots(5, 1, figsize=(11, 13), sharex=True)
+    figure, (load, replicas, signal, waiting, delay) = plt.subplots(5, 1, figsize=(12, 12), sharex=True)
     figure.suptitle(title)
     first = next(iter(runs.values()))
     unit, divisor = ("hours", 3600) if first.seconds > 3 * 3600 else ("minutes", 60)
@@ -42,6 +42,7 @@ def write_plot(runs: dict[str, Run], title: str, path: Path, recorded: RecordedR
         replicas.step(
             recorded.times / divisor, recorded.wanted, where="post", color="tab:red", label="recorded: wanted"
         )
+    signal.set_yscale("symlog", linthresh=2)  # a ratio can be 50 times its target
     signal.axhline(1, color="black", linestyle=":")
     replicas.set_ylabel("Pods")
     signal.set_ylabel("signal per target")
@@ -51,7 +52,7 @@ def write_plot(runs: dict[str, Run], title: str, path: Path, recorded: RecordedR
     delay.set_xlabel(f"{unit} from the start")
     for axes in (load, replicas, signal, waiting, delay):
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper left", fontsize="x-small")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize="x-small")  # beside what it would cover
     for axes in (load, replicas, signal, waiting):
         axes.set_ylim(bottom=0)
     figure.tight_layout()

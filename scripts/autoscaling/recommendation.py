@@ -75,7 +75,7 @@ def recommend(setting: Setting, objective: Objective) -> Recommendation:
         f"more, {late_share(slots, by_waiting[0] + 1, service, patience):.2%}"
     )
 
-    control = _control_seconds(setting)
+    control = setting.round_seconds
     starts = _pod_starts(setting)
     start_p50, start_p95 = median(starts), float(np.quantile(starts, 0.95))
     reaction = control + start_p95
@@ -190,16 +190,6 @@ def behavior_as_api(behavior: Behavior) -> dict[str, Any]:
 def _targets(slots: int) -> list[float]:
     """From the largest on. Below one request per Pod only in tenths."""
     return [float(number) for number in range(slots, 0, -1)] + [tenth / 10 for tenth in range(9, 0, -1)]
-
-
-def _control_seconds(setting: Setting) -> float:
-    prometheus = setting.prometheus
-    return (
-        prometheus.scrape_seconds
-        + prometheus.evaluation_seconds
-        + prometheus.delay_seconds
-        + setting.autoscaling.sync_seconds
-    )
 
 
 def _pod_starts(setting: Setting) -> list[float]:

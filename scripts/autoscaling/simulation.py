@@ -67,6 +67,13 @@ class Setting:
     begin_with: int | None = None  # Pods that are ready at the start; None: the fewest
     seed: int = 1
 
+    @property
+    def round_seconds(self) -> float:
+        """From a change to its decision, at worst."""
+        prometheus = self.prometheus
+        measured = prometheus.scrape_seconds + prometheus.evaluation_seconds + prometheus.delay_seconds
+        return measured + self.autoscaling.sync_seconds
+
 
 @dataclass(slots=True)
 class Timeline:

@@ -247,3 +247,13 @@ def test_a_recorded_run_that_is_wrong_is_refused(
     path.write_text(json.dumps(content))
     assert simulate_autoscaling.main(["--compare", str(path)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("shift", "holds"), [(20, True), (200, False)])
+def test_a_comparison_allows_a_curve_to_be_one_round_of_the_loop_late(shift: int, holds: bool, tmp_path: Path):
+    run = run_of(f"{STEP} --signal concurrency=12")
+    path = tmp_path / "run.json"
+    times, wanted = run.timeline["time_seconds"], run.timeline["replicas_wanted"]
+    content = {"time_seconds": [0, *(times[1:] + shift).tolist()], "replicas_wanted": wanted.tolist()}
+    path.write_text(json.dumps(content))
+    assert compare(read_recorded_run(path), run)[0].holds is holds
