@@ -20,6 +20,7 @@ from failures import UsageError
 
 _LONGEST_WINDOW, _LONGEST_PERIOD = 3600, 1800  # what the API allows
 _KV_TARGET = 0.9
+_WORTH = 0.95  # Pod time for which a smaller target is taken: what lies within it is noise of the load
 _DRAWS = 10_000  # of Pod starts, for their percentiles
 
 
@@ -111,7 +112,8 @@ def recommend(setting: Setting, objective: Objective) -> Recommendation:
 
     period = min(_rounded_up(start_p50 or 15, 15), _LONGEST_PERIOD)
     ahead = max(1, round(period / interval))
-    rise = max(1, int((needed[ahead:] - needed[:-ahead]).max(initial=0)))
+    asked = np.clip(needed, fewest, most)
+    rise = max(1, int((asked[ahead:] - asked[:-ahead]).max(initial=0)))
     steps.append(f"scale-up: in one Pod start ({period} s, p50) the load comes to need at most {rise} Pods more")
     percent = int(100 * (1 - target / slots))
     steps.append(
@@ -227,7 +229,7 @@ def _cheapest(
                 low = middle + 1
         pods = np.clip(held, low, max_replicas)
         late, cost = _late(curve, pods, slots), float(pods.mean())
-        if late <= 1 - objective.share and (best is None or cost < best[0]):
+        if late <= 1 - objective.share and (best is None or cost < best[0] * _WORTH):
             best = (cost, target, low)
         if nearest is None or late < nearest[0]:
             nearest = (late, target, low)

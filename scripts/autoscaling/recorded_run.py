@@ -73,8 +73,11 @@ def read_recorded_run(path: Path) -> RecordedRun:
 
 
 def compare(recorded: RecordedRun, run: Run) -> list[Difference]:
-    """Replicas at every time, and delays over all requests. Clocks of two runs are never in step, so a curve may be off
-    by one round of the loop: what counts is the distance to the nearest that was recorded so shortly before or after."""
+    """Replicas at every time, and delays over all requests.
+
+    Clocks of two runs are never in step, so a curve may be a round of the loop early or late: what counts is the
+    distance to the nearest value that was recorded within that time.
+    """
     differences = []
     curves = [("replicas wanted", "replicas_wanted", recorded.wanted)]
     if recorded.ready is not None:
