@@ -16,10 +16,11 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "clients"))  # traces, schedules and lengths are theirs
 
+import numpy as np
 from autoscaling import options, report
 from autoscaling.cluster import PodModel
 from autoscaling.hpa import Behavior, ScalingRules
-from autoscaling.offered_load import ClosedLoad, OfferedLoad, from_rate, from_trace, pattern_schedule
+from autoscaling.offered_load import ClosedLoad, OfferedLoad, draw_lengths, from_rate, from_trace, pattern_schedule
 from autoscaling.prometheus import PrometheusSettings
 from autoscaling.recommendation import recommend
 from autoscaling.recorded_run import RecordedRun, compare, comparison_text, read_recorded_run
@@ -50,6 +51,10 @@ def run(arguments: argparse.Namespace) -> int:
     for targets in arguments.signal or [(default_target(setting.server),)]:
         autoscaling = replace(setting.autoscaling, targets=targets)
         runs[str(autoscaling)] = simulate(replace(setting, autoscaling=autoscaling))
+        if not len(runs[str(autoscaling)].arrivals):
+            raise UsageError(
+                f"no request comes within {setting.load.seconds:g} s; give a longer --duration or more load"
+            )
     recommendation = None
     if not arguments.no_recommendation:
         recommendation = recommend(setting, objective)
@@ -198,8 +203,9 @@ def _end(schedule: Schedule, seconds: float | None, option: str) -> float:
 
 
 def _typical(arguments: argparse.Namespace) -> int:
-    """Tokens of an answer that a trace does not say: the distribution's mean or its middle."""
-    return round(sum(arguments.output_tokens.numbers[:1]))
+    """Tokens of an answer where a trace does not say it: the distribution's mean."""
+    drawn = draw_lengths(arguments.output_tokens, 10_000, np.random.default_rng(arguments.seed))
+    return max(1, round(float(drawn.mean())))
 
 
 def _without_nan(content: object) -> object:

@@ -199,6 +199,10 @@ def test_a_trace_of_the_load_client_is_simulated_and_drawn(tmp_path: Path, capsy
             "--gpus 1 are too few for the 2 Pods at the start with 1 each; give at least 2",
         ),
         ("--rate 5@1m --signal kvCache=0.9", "--signal kvCache needs a KV cache that can be full; give --kv-tokens"),
+        (
+            "--concurrency 0@1m,5@1m --duration 30",
+            "no request comes within 30 s; give a longer --duration or more load",
+        ),
         ("--rate 5@1m --prefill-seconds 3", "--first-token-within 2 is not above the prefill of 3.00 s"),
     ],
 )
