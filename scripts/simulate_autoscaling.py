@@ -22,7 +22,7 @@ from autoscaling.cluster import PodModel
 from autoscaling.hpa import Behavior, ScalingRules
 from autoscaling.offered_load import ClosedLoad, OfferedLoad, draw_lengths, from_rate, from_trace, pattern_schedule
 from autoscaling.prometheus import PrometheusSettings
-from autoscaling.recommendation import recommend
+from autoscaling.recommendation import recommend, search
 from autoscaling.recorded_run import RecordedRun, compare, comparison_text, read_recorded_run
 from autoscaling.results import Objective, summarize
 from autoscaling.servers import ServerModel
@@ -50,16 +50,22 @@ def run(arguments: argparse.Namespace) -> int:
     runs: dict[str, Run] = {}
     for targets in arguments.signal or [(default_target(setting.server),)]:
         autoscaling = replace(setting.autoscaling, targets=targets)
-        runs[str(autoscaling)] = simulate(replace(setting, autoscaling=autoscaling))
+        runs[str(autoscaling)] = _simulated(setting, autoscaling)
         if not len(runs[str(autoscaling)].arrivals):
             raise UsageError(
                 f"no request comes within {setting.load.seconds:g} s; give a longer --duration or more load"
             )
-    recommendation = None
+    recommendation, tried = None, []
     if not arguments.no_recommendation:
-        recommendation = recommend(setting, objective)
-        runs["recommended"] = simulate(replace(setting, autoscaling=recommendation.autoscaling))
+        if arguments.search:
+            recommendation, tried = search(
+                setting, objective, lambda tested: summarize(_simulated(setting, tested), objective, f"tried {tested}")
+            )
+        else:
+            recommendation = recommend(setting, objective)
+        runs["recommended"] = _simulated(setting, recommendation.autoscaling)
     results = [summarize(each, objective, name) for name, each in runs.items()]
+    results[-1:-1] = tried  # the recommended one stays the last
     say("\n" + report.table(results))
     if recommendation is not None:
         say("\n" + report.recommendation_text(recommendation, results[-1], objective))
@@ -177,6 +183,10 @@ def read_load(arguments: argparse.Namespace, recorded: RecordedRun | None) -> Of
 
 def default_target(server: ServerModel) -> Target:
     return Target(signal="concurrency", value=max(1, server.slots * 3 // 4))
+
+
+def _simulated(setting: Setting, autoscaling: Autoscaling) -> Run:
+    return simulate(replace(setting, autoscaling=autoscaling))
 
 
 def _open(arguments: argparse.Namespace, rate: Schedule, seconds: float, description: str) -> OfferedLoad:

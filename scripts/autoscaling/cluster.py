@@ -83,7 +83,10 @@ class Cluster:
 
     def in_state(self, *states: State) -> Numbers:
         """The numbers of the Pods, those that drain included where they are asked for."""
-        return np.flatnonzero(np.isin(self._states, [_STATES.index(state) for state in states]))
+        found = self._states == _STATES.index(states[0])
+        for state in states[1:]:
+            found |= self._states == _STATES.index(state)
+        return np.flatnonzero(found)
 
     def targets(self) -> Numbers:
         """Whose metrics port answers: it does so until the process ends."""

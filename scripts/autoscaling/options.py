@@ -215,6 +215,11 @@ def _output(group: argparse._ArgumentGroup) -> None:
         help="of the requests (default: 0.95)",
     )
     group.add_argument("--no-recommendation", action="store_true", help="only what was asked for")
+    group.add_argument(
+        "--search",
+        action="store_true",
+        help="simulate larger targets than the arithmetic's while the objective holds, or smaller ones until it does",
+    )
     group.add_argument("--json", action="store_true", help="one JSON object instead of the text")
     group.add_argument("--plot", type=Path, metavar="FILE", help="a picture of all runs")
     group.add_argument(

@@ -47,8 +47,10 @@ class Records:
 class Prometheus:
     """`scrape` and `evaluate` are called when it is time; Pods are the fleet's numbers."""
 
-    def __init__(self, settings: PrometheusSettings, fleet: Fleet):
+    def __init__(self, settings: PrometheusSettings, fleet: Fleet, *, has_ratio: bool = True):
+        """Without `has_ratio` the ratio, which costs more than all others together, has no value."""
         self.settings = settings
+        self._has_ratio = has_ratio
         self._fleet = fleet
         self._slots = fleet.model.slots
         self._num_rows = math.ceil(_LONG_RATE / settings.scrape_seconds) + 2
@@ -95,6 +97,13 @@ class Prometheus:
 
     def evaluate(self, now: float) -> Records:
         requests = self._waiting + self._running
+        ratio = self._ratio(now, requests) if self._has_ratio else np.full(len(requests), np.nan)
+        records = Records(now, {"concurrency": requests, "queueComputeRatio": ratio, "kvCache": self._kv.copy()})
+        self._records.append(records)
+        return records
+
+    def _ratio(self, now: float, requests: Floats) -> Floats:
+        """triton:queue_compute:ratio, and what it is made of."""
         requests_slots = requests / self._slots
         waiting_running = self._waiting / np.maximum(self._running, 1)
         self._waiting_running.append((now, waiting_running))
@@ -105,9 +114,7 @@ class Prometheus:
         rate = self._queue_compute_rate(now)
         ratio = np.minimum(np.maximum(rate, least), most)  # NaN where there is no rate
         ratio[np.isnan(self._running)] = np.nan
-        records = Records(now, {"concurrency": requests, "queueComputeRatio": ratio, "kvCache": self._kv.copy()})
-        self._records.append(records)
-        return records
+        return ratio
 
     def query(self, now: float) -> Records | None:
         """The newest records that are as old as answers are. None: nothing was evaluated yet."""

@@ -6,6 +6,7 @@ Nothing is simulated here. The curve is the offered concurrency: requests that t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from random import Random
 from statistics import median
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from autoscaling.hpa import Behavior, Policy, ScalingRules
-from autoscaling.results import Objective
+from autoscaling.results import Objective, Result
 from autoscaling.servers import Floats
 from autoscaling.simulation import Autoscaling, Setting, Target
 from failures import UsageError
@@ -40,8 +41,9 @@ class Recommendation:
         }
 
 
-def recommend(setting: Setting, objective: Objective) -> Recommendation:
-    """Raises UsageError where no setting can reach the objective."""
+def recommend(setting: Setting, objective: Objective, only_target: float | None = None) -> Recommendation:
+    """With `only_target`, the rest for a target that is given. Raises UsageError where no setting can reach the
+    objective."""
     server, given = setting.server, setting.autoscaling.behavior
     inputs, outputs = setting.load.sample()
     service = float(server.service(inputs, outputs).mean())
@@ -94,13 +96,17 @@ def recommend(setting: Setting, objective: Objective) -> Recommendation:
 
     interval = max(1.0, setting.load.seconds / 20_000)
     curve = setting.load.concurrency(server, np.arange(0, setting.load.seconds, interval))
-    target, fewest = _cheapest(curve, interval, by_waiting, slots, reaction, down_window, given.max_replicas, objective)
+    targets_tried = by_waiting if only_target is None else [only_target]
+    target, fewest = _cheapest(
+        curve, interval, targets_tried, slots, reaction, down_window, given.max_replicas, objective
+    )
     held = _held(curve, interval, target, reaction, down_window)
     needed = np.maximum(np.ceil(curve / target), 1)
     most = int(max(needed.max(), fewest))
     late = _late(curve, np.clip(held, fewest, max(most, fewest)), slots)
+    origin = "" if only_target is None else ", found by simulation,"
     steps.append(
-        f"headroom: with target {target:g} and at least {fewest} Pods, {late:.2%} of the requests come while there are "
+        f"headroom: with target {target:g}{origin} and at least {fewest} Pods, {late:.2%} of the requests come while there are "
         f"more than the slots of the Pods that were asked for {reaction:.0f} s ago; the cheapest of all pairs below "
         f"{1 - objective.share:.1%}, else the nearest"
     )
@@ -146,13 +152,36 @@ def recommend(setting: Setting, objective: Objective) -> Recommendation:
             tolerance=given.scale_down.tolerance,
         ),
     )
-    targets = [Target(signal="concurrency", value=target)]
+    chosen = [Target(signal="concurrency", value=target)]
     if server.kv_tokens is not None:
-        targets.append(Target(signal="kvCache", value=_KV_TARGET))
+        chosen.append(Target(signal="kvCache", value=_KV_TARGET))
         steps.append(f"kvCache={_KV_TARGET:g} beside it, for requests that are longer than these were")
     return Recommendation(
-        autoscaling=replace(setting.autoscaling, targets=tuple(targets), behavior=behavior), steps=tuple(steps)
+        autoscaling=replace(setting.autoscaling, targets=tuple(chosen), behavior=behavior), steps=tuple(steps)
     )
+
+
+def search(
+    setting: Setting, objective: Objective, try_out: Callable[[Autoscaling], Result]
+) -> tuple[Recommendation, list[Result]]:
+    """From the arithmetic's target up while the objective holds when simulated, else down until it does.
+
+    Erlang C knows nothing of the balancing, so it is too careful with few slots and requests that take turns.
+    """
+    recommendation = recommend(setting, objective)
+    result = try_out(recommendation.autoscaling)
+    results, best = [result], recommendation
+    step = max(1, setting.server.slots // 16) * (1 if result.holds else -1)
+    target = recommendation.autoscaling.targets[0].value + step
+    while 1 <= target <= setting.server.slots:
+        recommendation = recommend(setting, objective, target)
+        results.append(try_out(recommendation.autoscaling))
+        if results[-1].holds:
+            best = recommendation
+        if results[-1].holds != result.holds:
+            break
+        target += step
+    return best, results
 
 
 def erlang_c(servers: int, load: float) -> float:

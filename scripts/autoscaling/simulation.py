@@ -124,7 +124,8 @@ class _Simulation:
         self._environment = simpy.Environment()
         source = setting.load.source(setting.server)
         self._fleet = Fleet(setting.server, source, _balancer(setting, Random(random.random())))
-        self._prometheus = Prometheus(setting.prometheus, self._fleet)
+        has_ratio = any(target.signal == "queueComputeRatio" for target in setting.autoscaling.targets)
+        self._prometheus = Prometheus(setting.prometheus, self._fleet, has_ratio=has_ratio)
         self._cluster = Cluster(self._environment, setting.pod, self._fleet, self._prometheus, Random(random.random()))
         self._stabilizer = Stabilizer(setting.autoscaling.behavior)
         self._scalings: list[Scaling] = []

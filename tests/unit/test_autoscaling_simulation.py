@@ -145,6 +145,17 @@ def test_a_slower_pod_start_never_asks_for_fewer_pods():
     assert fewest == sorted(fewest)
 
 
+def test_a_search_ends_with_a_target_that_holds_beside_one_that_does_not(capsys: pytest.CaptureFixture[str]):
+    text = "--pattern ramp --low 1 --high 20 --output-tokens 251 --max-replicas 20 --slots 8 --search --json"
+    assert simulate_autoscaling.main(text.split()) == 0
+    content = json.loads(capsys.readouterr().out)
+    tried = {result["name"]: result["holds"] for result in content["results"] if result["name"].startswith("tried")}
+    found = content["recommendation"]["targets"]["concurrency"]
+    assert content["results"][-1]["holds"]
+    assert tried[f"tried concurrency={found:g}"]
+    assert found == 8 or not tried[f"tried concurrency={found + 1:g}"]
+
+
 def recorded(run: Run, path: Path) -> Path:
     times, wanted = run.timeline["time_seconds"], run.timeline["replicas_wanted"]
     p50, p95 = np.quantile(run.first_token_seconds, (0.5, 0.95))
@@ -201,7 +212,7 @@ def test_a_trace_of_the_load_client_is_simulated_and_drawn(tmp_path: Path, capsy
         ("--rate 5@1m --signal kvCache=0.9", "--signal kvCache needs a KV cache that can be full; give --kv-tokens"),
         (
             "--concurrency 0@1m,5@1m --duration 30",
-            "no request comes within 30 s; give a longer --duration or more load",
+            "no request comes within 30 s; give a longer --duration",
         ),
         ("--rate 5@1m --prefill-seconds 3", "--first-token-within 2 is not above the prefill of 3.00 s"),
     ],
