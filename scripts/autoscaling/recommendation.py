@@ -107,8 +107,8 @@ def recommend(setting: Setting, objective: Objective, only_target: float | None 
     origin = "" if only_target is None else ", found by simulation,"
     steps.append(
         f"headroom: with target {target:g}{origin} and at least {fewest} Pods, {late:.2%} of the requests come while "
-        f"there are more than the slots of the Pods that were asked for {reaction:.0f} s ago; the cheapest of all pairs below "
-        f"{1 - objective.share:.1%}, else the nearest"
+        f"there are more than the slots of the Pods that were asked for {reaction:.0f} s ago; the cheapest of all "
+        f"pairs below {1 - objective.share:.1%}, else the nearest"
     )
     limit = _pod_limit(setting)
     if most > limit:
