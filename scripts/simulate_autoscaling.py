@@ -30,6 +30,8 @@ from autoscaling.simulation import Autoscaling, Run, Setting, Target, simulate
 from failures import UsageError
 from schedules import Schedule
 
+PICTURES = (".png", ".svg", ".pdf")  # by what matplotlib tells the format
+
 
 def main(argv: list[str] | None = None) -> int:
     arguments = options.parser().parse_args(argv)
@@ -41,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.plot:
+        check_picture(arguments.plot)
     recorded = read_recorded_run(arguments.compare) if arguments.compare else None
     objective = Objective(seconds=arguments.first_token_within, share=arguments.for_share)
     setting = read_setting(arguments, recorded)
@@ -179,6 +183,14 @@ def read_load(arguments: argparse.Namespace, recorded: RecordedRun | None) -> Of
             return _open(arguments, recorded.schedule, recorded.seconds, "the recorded rate")
         return _closed(arguments, recorded.schedule, recorded.seconds)
     raise UsageError("there is no load; give --trace, --rate, --concurrency or --pattern")
+
+
+def check_picture(path: Path) -> None:
+    """Before a run that may take a minute. Raises UsageError."""
+    if path.suffix not in PICTURES:
+        raise UsageError(f"--plot {path} has the ending {path.suffix!r}; it must be one of {', '.join(PICTURES)}")
+    if not path.parent.is_dir():
+        raise UsageError(f"--plot {path} is in a folder that does not exist; make {path.parent} first")
 
 
 def default_target(server: ServerModel) -> Target:

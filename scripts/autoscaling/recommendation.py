@@ -77,6 +77,8 @@ def recommend(setting: Setting, objective: Objective, only_target: float | None 
         f"requests at a time, {late_share(slots, by_waiting[0], service, patience):.2%} wait longer (Erlang C); of one "
         f"more, {late_share(slots, by_waiting[0] + 1, service, patience):.2%}"
     )
+    if by_waiting[0] < slots / 2:
+        steps.append("that is less than half of the slots, and Erlang C is careful: --search tries more by simulation")
 
     control = setting.round_seconds
     starts = _pod_starts(setting)
