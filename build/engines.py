@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib import import_module
@@ -67,6 +68,7 @@ class Options:
     plan_only: bool
     verify: bool
     force: bool
+    symlink_engine: bool
     settings: Settings
 
 
@@ -127,7 +129,7 @@ def build(request: BuildRequest, options: Options) -> dict[str, Any]:
     report |= {"engine": str(engine.folder), "was_stored": engine.was_stored}
     if options.verify:
         report["verified"] = _verify(engine, checkpoint, trust_remote_code=request.trust_remote_code)
-    repository = assemble(engine.folder, served_name, output, options.settings)
+    repository = assemble(engine.folder, served_name, output, options.settings, symlink_engine=options.symlink_engine)
     _log.info("repository: %s", repository.path)
     return report | {
         "repository": str(repository.path),
@@ -292,6 +294,12 @@ def parse(argv: list[str]) -> tuple[BuildRequest, Options, argparse.Namespace]:
         metavar="DIR",
         help="the engine store; several builders may share it (default: triton-trtllm in XDG_CACHE_HOME or ~/.cache)",
     )
+    where.add_argument(
+        "--symlink-engine",
+        action="store_true",
+        help="engine files in the repository are symbolic links to the store, which must stay where it is (default: "
+        "hard links, or copies on another file system)",
+    )
     what.add_argument(
         "--synthetic",
         type=_synthetic_rates,
@@ -371,6 +379,7 @@ def parse(argv: list[str]) -> tuple[BuildRequest, Options, argparse.Namespace]:
         plan_only=arguments.plan,
         verify=arguments.verify,
         force=arguments.force,
+        symlink_engine=arguments.symlink_engine,
         settings=Settings(
             max_queue_size=arguments.max_queue_size,
             queue_timeout_seconds=arguments.queue_timeout,
@@ -469,6 +478,9 @@ def _report_error(error: BaseException, exit_code: int, *, as_json: bool, with_t
     if with_traceback:
         traceback.print_exception(error)
     print(f"engines: {error}", file=sys.stderr)
+    if termination_message := os.environ.get("TERMINATION_MESSAGE_PATH"):  # what Kubernetes shows as the Pod's status
+        with suppress(OSError):
+            Path(termination_message).write_text(f"engines: {error}")
     if as_json:
         print(json.dumps({"error": {"kind": type(error).__name__, "message": str(error), "exit_code": exit_code}}))
     return exit_code

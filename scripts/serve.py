@@ -8,6 +8,7 @@ with 0; a second one does not wait. Options after `--` go to tritonserver as the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -53,6 +54,9 @@ def main(argv: list[str] | None = None) -> int:
         supervisor = make_supervisor(arguments, repository)
     except ServeError as error:
         print(f"serve: {error}", file=sys.stderr)
+        if termination_message := os.environ.get("TERMINATION_MESSAGE_PATH"):  # what Kubernetes shows of its end
+            with contextlib.suppress(OSError):
+                Path(termination_message).write_text(f"serve: {error}")
         return 2
     if arguments.verbose:
         print("serve:", " ".join(command), file=sys.stderr)
