@@ -4,8 +4,11 @@ NAME ?= $(firstword $(subst @, ,$(notdir $(MODEL))))
 PYTHON ?= python3
 VENV := .venv
 IN_VENV := $(VENV)/bin/python
+IMAGES ?= server-cpu builder client
+IMAGE_TAG ?= dev
+IMAGE_BUILD ?= docker build
 
-.PHONY: help install demo serve load test bench fuzz soak lint format clean
+.PHONY: help install demo serve load images test bench fuzz soak lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -29,6 +32,15 @@ serve: install ## build and serve a model: make serve MODEL=gpt2
 
 load: install ## put a load on a running server: make load ARGS="--concurrency 8 --duration 30s"
 	$(IN_VENV) clients/load.py $(ARGS)
+
+images: $(IMAGES:%=image-%) ## build triton-trtllm/{server-cpu,builder,client}:dev; IMAGES=server is for NVIDIA GPUs
+
+# IMAGE_BUILD="buildah bud" does as well; IMAGE_ARGS are more options of the builder, such as "--network host".
+image-%:
+	$(IMAGE_BUILD) --file containerfiles/$*.Containerfile --tag triton-trtllm/$*:$(IMAGE_TAG) \
+		--build-arg PIP_INDEX_URL --build-arg PIP_EXTRA_INDEX_URL \
+		--build-arg VERSION=$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \
+		--build-arg REVISION=$(shell git describe --always --dirty --abbrev=40) $(IMAGE_ARGS) .
 
 test: install ## the whole test suite
 	$(IN_VENV) -m pytest
