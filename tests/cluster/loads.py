@@ -1,0 +1,119 @@
+"""Clients in Pods of the cluster, which ask the chart's Service until they are stopped, and what became of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster_client import Namespace, pod_of, until
+
+HTTP_LOAD = Path(__file__).with_name("http_load.py")
+# The report is a file, whole or none; so it is printed when the client has ended.
+_GRPC_LOAD = (
+    'python /opt/triton-trtllm/clients/load.py "$@" --json /tmp/report.json >/dev/null & '
+    'trap "kill -TERM $!" TERM; wait $!; wait $!; cat /tmp/report.json'
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Requests by what became of them. `broken` ones had begun; `gave_up` ones ran out of retries."""
+
+    name: str
+    sent: int
+    ok: int
+    broken: int
+    gave_up: int
+    retries: int
+    examples: dict[str, str]
+    report: dict[str, Any]
+
+    @property
+    def lost(self) -> int:
+        return self.broken + self.gave_up
+
+
+class Load:
+    """Started when made. gRPC and HTTP, streams and whole answers, each of `tokens` (from, to) tokens."""
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        image_tag: str,
+        release: str,
+        model: str,
+        *,
+        node: str,
+        tokens: tuple[int, int],
+        streams: int = 12,
+        whole: int = 4,
+        grpc_options: tuple[str, ...] = (),
+    ):
+        self._namespace, self._image = namespace, f"triton-trtllm/client:{image_tag}"
+        self._node, self._names = node, []
+        least, most = tokens
+        grpc = [f"--url={release}:8001", f"--model={model}", "--retries=20", "--end-id=-1", "--input-tokens=8"]
+        grpc += [f"--output-tokens=uniform:{least}:{most}", "--grace=150s", "--wait=60s", *grpc_options]
+        self._start("grpc-streams", ["sh", "-c", _GRPC_LOAD, "-", *grpc, f"--concurrency={streams}", "--connections=6"])
+        self._start(
+            "grpc-whole",
+            ["sh", "-c", _GRPC_LOAD, "-", *grpc, f"--concurrency={whole}", "--connections=2", "--no-stream"],
+        )
+        http = [f"http://{release}:8000", model, str(streams), str(whole), str(least), str(most)]
+        self._start("http", ["python", "-c", HTTP_LOAD.read_text(), *http])
+
+    def _start(self, name: str, command: list[str]) -> None:
+        pod = pod_of(name, self._image, command, cpu="1")
+        pod["spec"]["nodeSelector"] = {"kubernetes.io/hostname": self._node}
+        pod["spec"]["terminationGracePeriodSeconds"] = 1
+        self._namespace.apply(pod)
+        self._names.append(name)
+
+    def running(self) -> None:
+        for name in self._names:
+            until(f"Pod {name} runs", lambda name=name: self._phase(name) == "Running", 60)
+
+    def _phase(self, name: str) -> str:
+        return self._namespace.get("pod", name)["status"].get("phase", "")
+
+    def stop(self, seconds: float = 200) -> list[Outcome]:
+        """No more requests; when the last is over, what became of all."""
+        for name in self._names:
+            self._namespace.kubectl("exec", name, "--", "sh", "-c", "kill -TERM 1")
+        outcomes = []
+        for name in self._names:
+            self._namespace.ended(name, seconds)
+            log = self._namespace.kubectl("logs", name)
+            self._namespace.kubectl("delete", "pod", name, "--wait=false")
+            outcomes.append(_outcome(name, log))
+        return outcomes
+
+
+def _outcome(name: str, log: str) -> Outcome:
+    report = json.loads(log[log.index("{") :])
+    if "requests" not in report:
+        counts = {key: report[key] for key in ("sent", "ok", "broken", "gave_up", "retries")}
+        return Outcome(name=name, **counts, examples=report["examples"], report=report)
+    requests, errors = report["requests"], report["errors"]
+    gave_up = 0 if report["streams"] else requests["failed"]
+    return Outcome(
+        name=name,
+        sent=requests["sent"],
+        ok=requests["ok"],
+        broken=requests["failed"] - gave_up + requests["cut_off"],
+        gave_up=gave_up,
+        retries=requests["retries"],
+        examples=report["error_examples"] | {"kinds": str(errors)},
+        report=report,
+    )
+
+
+def table(outcomes: list[Outcome]) -> str:
+    lines = [f"{'client':14}{'sent':>7}{'ok':>7}{'broken':>8}{'gave up':>9}{'retries':>9}"]
+    lines += [
+        f"{outcome.name:14}{outcome.sent:7}{outcome.ok:7}{outcome.broken:8}{outcome.gave_up:9}{outcome.retries:9}"
+        for outcome in outcomes
+    ]
+    return "\n".join(lines)
