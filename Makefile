@@ -8,7 +8,7 @@ IMAGES ?= server-cpu builder client
 IMAGE_TAG ?= dev
 IMAGE_BUILD ?= docker build
 
-.PHONY: help install demo serve load images test bench fuzz soak lint format clean
+.PHONY: help install demo serve load images chart test test-cluster drain bench fuzz soak lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -44,6 +44,28 @@ image-%:
 
 test: install ## the whole test suite
 	$(IN_VENV) -m pytest
+
+# CLUSTER_LOAD reads an archive of `docker save`: "kind load image-archive /dev/stdin", "../shared/k8s/cluster load -".
+CLUSTER_LOAD ?= kind load image-archive /dev/stdin
+CLUSTER_IMAGES := $(IMAGES:%=triton-trtllm/%:$(IMAGE_TAG)) triton-trtllm/server-demo:$(IMAGE_TAG)
+
+chart: install ## write what chart/ holds of monitoring/ and scripts/, and the golden files of its tests
+	cp monitoring/rules.yaml monitoring/alerts.yaml monitoring/kubernetes.yaml chart/files/
+	$(IN_VENV) scripts/dashboard.py chart/files/dashboard.json
+	PYTHONPATH=tests/chart $(IN_VENV) tests/chart/rendering.py
+
+image-demo: ## the CPU server with the demo's engine baked in
+	$(IN_VENV) build/engines.py --model scripts/demo_checkpoint/demo-gpt2 --engine openvino --output out/image/demo-gpt2
+	docker build --file containerfiles/server-cpu.Containerfile --tag triton-trtllm/server-demo:$(IMAGE_TAG) \
+		--build-arg REPOSITORIES=out/image --build-arg PIP_INDEX_URL --build-arg PIP_EXTRA_INDEX_URL $(IMAGE_ARGS) .
+
+test-cluster: install images image-demo ## the chart on the cluster of KUBECONFIG, in namespaces of its own, 12 minutes
+	docker save $(CLUSTER_IMAGES) | $(CLUSTER_LOAD)
+	TEST_KUBECONFIG=$(KUBECONFIG) TEST_IMAGE_TAG=$(IMAGE_TAG) $(IN_VENV) -m pytest -s tests/cluster $(ARGS)
+
+drain: ## 100 scale-downs, rolling updates and kubectl drains under load; after test-cluster, whose images it uses
+	DRAIN_OPERATIONS=100 TEST_KUBECONFIG=$(KUBECONFIG) TEST_IMAGE_TAG=$(IMAGE_TAG) \
+		$(IN_VENV) -m pytest -s tests/cluster/test_drain.py -k no_answer
 
 bench: install ## measure this machine, 10 minutes: table, JSON and picture in out/bench
 	$(IN_VENV) scripts/bench.py $(ARGS)

@@ -10,10 +10,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import dashboard
 import packed_binaries
 import pytest
 import yaml
 from checkpoint import Checkpoint
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 from plan import BuildRequest, make_plan
 from rendering import CHART, EXAMPLES, GOLDEN, GOLDEN_CASES, ROOT, RefusedError, render, render_text
 from sizing_report import size_plan
@@ -251,3 +255,43 @@ def test_rules_reach_prometheus_as_they_are(helm: Path):
         assert objects[f"PrometheusRule/llm-{name}"]["spec"] == yaml.safe_load(
             (ROOT / f"monitoring/{name}.yaml").read_text()
         )
+
+
+# ---- the dashboard
+
+
+def test_the_charts_dashboard_is_what_the_script_makes():
+    assert json.loads((CHART / "files/dashboard.json").read_text()) == dashboard.dashboard()
+
+
+def test_grafana_knows_every_field_of_the_dashboard():
+    """Read into Grafana's own types and written again, nothing is lost or different."""
+    register_default_plugins()
+    made = dashboard.dashboard()
+    again = json.loads(JSONEncoder().encode(Dashboard.from_json(made)))
+    assert is_part_of(made, again)
+
+
+def is_part_of(part: Any, whole: Any) -> bool:
+    if isinstance(part, dict):
+        return isinstance(whole, dict) and all(key in whole and is_part_of(part[key], whole[key]) for key in part)
+    if isinstance(part, list):
+        return isinstance(whole, list) and len(part) == len(whole) and all(map(is_part_of, part, whole))
+    return part == whole
+
+
+def test_the_dashboard_reads_only_records_that_exist():
+    records = {
+        rule["record"]
+        for name in ("rules", "kubernetes")
+        for group in yaml.safe_load((ROOT / f"monitoring/{name}.yaml").read_text())["groups"]
+        for rule in group["rules"]
+        if "record" in rule
+    }
+    for panels in dashboard.ROWS.values():
+        for panel in panels:
+            for query in panel.queries.values():
+                names = set(re.findall(r"[a-zA-Z_]\w*:[\w:]+|kube_\w+|DCGM_\w+", query))
+                assert names, query
+                if not panel.needs:
+                    assert names <= records, query
