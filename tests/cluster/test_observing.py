@@ -1,7 +1,7 @@
 """Monitoring objects on a cluster with the Prometheus Operator, and an autoscaler that reads the same numbers.
 
-Prometheus is asked through the API server. kube-state-metrics is played by a Pod that gives, under its names, what the API
-server says of this test's Pods and autoscaler; there is no GPU, so dcgm-exporter's panels are left out.
+Prometheus is asked through the API server. kube-state-metrics is played by a Pod that gives, under its names, what the
+API server says of this test's Pods and autoscaler; there is no GPU, so the panels of dcgm-exporter are left out.
 """
 
 from __future__ import annotations
