@@ -9,6 +9,16 @@ from typing import Any
 
 from cluster_client import Namespace, pod_of, until
 
+# Values of a release whose engine makes up 15 tokens/s for each of 64 sequences; many Pods of it fit on two cores.
+SYNTHETIC = (
+    "engine.kind=synthetic",
+    "engine.maxBatchSize=64",
+    "engine.buildArguments={--synthetic,tokens_per_second=15}",
+    "drainSeconds=90",
+    "resources.cpu=200m,resources.memory=512Mi,sharedMemory=128Mi",
+    "builderResources.cpu=200m,builderResources.memory=512Mi",
+)
+
 HTTP_LOAD = Path(__file__).with_name("http_load.py")
 # The report is a file, whole or none; so it is printed when the client has ended.
 _GRPC_LOAD = (
@@ -33,6 +43,16 @@ class Outcome:
     @property
     def lost(self) -> int:
         return self.broken + self.gave_up
+
+
+def grpc_client(
+    namespace: Namespace, image_tag: str, name: str, *options: str, node: str | None = None, cpu: str = "1"
+) -> None:
+    """Start a Pod with the load client. At SIGTERM it finishes, and its report is its log."""
+    pod = pod_of(name, f"triton-trtllm/client:{image_tag}", ["sh", "-c", _GRPC_LOAD, "-", *options], cpu=cpu)
+    if node:
+        pod["spec"]["nodeSelector"] = {"kubernetes.io/hostname": node}
+    namespace.apply(pod)
 
 
 class Load:

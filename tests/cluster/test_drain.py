@@ -12,23 +12,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from cluster_client import Namespace, is_ready, kubectl, run, until
-from loads import Load, table
+from loads import SYNTHETIC, Load, table
 from pod_ends import PodEnds
 
 OPERATIONS = int(os.environ.get("DRAIN_OPERATIONS", "20"))
 TOKENS = (300, 900)
 REPLICAS = 4
-SYNTHETIC = (
-    "engine.kind=synthetic",
-    "engine.maxBatchSize=64",
-    "engine.buildArguments={--synthetic,tokens_per_second=15}",
-    "drainSeconds=90",
-    # Many Pods start and end on two cores.
-    "resources.cpu=200m,resources.memory=512Mi,sharedMemory=128Mi",
-    "builderResources.cpu=200m,builderResources.memory=512Mi",
-)
-
-
 KILL_TRITONSERVER = """
 import os, pathlib
 for comm in pathlib.Path("/proc").glob("[0-9]*/comm"):
