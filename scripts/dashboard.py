@@ -133,7 +133,7 @@ ROWS: dict[str, list[Panel]] = {
         ),
         Panel(
             title="Cold start: from a Pod's making to ready",
-            queries={"{{pod}}": by_pod("triton:cold_start_seconds:current")},
+            queries={"{{pod}}": f'triton:cold_start_seconds:current{{{OBJECTS}, pod=~"$release-.*"}}'},
             unit="s",
             needs="kube-state-metrics",
         ),

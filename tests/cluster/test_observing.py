@@ -53,7 +53,8 @@ def service(make_namespace: Callable[[str], Namespace], image_tag: str) -> Itera
     until("an autoscaler that has a number", lambda: scaler(namespace)["status"].get("currentMetrics"), 120)
     until("two servers", lambda: scaler(namespace)["status"].get("desiredReplicas") == 2, 120)
     play_kube_state_metrics(namespace, image_tag)
-    time.sleep(45)
+    until("kube-state-metrics", lambda: ask(f'kube_pod_created{{namespace="{namespace.name}"}}'), 120)
+    time.sleep(20)  # for the rules that read it
     yield namespace
     load.stop()
     namespace.helm("uninstall", "watched", "--wait=false")
