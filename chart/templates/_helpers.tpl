@@ -16,12 +16,6 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{ .image.repository }}:{{ .image.tag | default .root.Chart.AppVersion }}
 {{- end }}
 
-{{/* The builder's image: one of its own, or the server's. */}}
-{{- define "llm.builderImage" -}}
-{{- $image := empty .Values.builderImage.repository | ternary .Values.image .Values.builderImage }}
-{{- include "llm.image" (dict "image" $image "root" .) }}
-{{- end }}
-
 {{- define "llm.serviceAccount" -}}
 {{ .Values.serviceAccount.name | default .Release.Name }}
 {{- end }}
@@ -87,10 +81,11 @@ priorityClassName: {{ . }}
 
 {{/* The init containers that put an engine into the store and a repository into /models; also the prebuild Job's. */}}
 {{- define "llm.builders" -}}
+{{- $image := empty .Values.builderImage.repository | ternary .Values.image .Values.builderImage }}
 {{- if eq .Values.engine.source "node" }}
 - name: own-store # kubelet makes a hostPath folder for root
-  image: {{ include "llm.builderImage" . }}
-  imagePullPolicy: {{ .Values.image.pullPolicy }}
+  image: {{ include "llm.image" (dict "image" $image "root" .) }}
+  imagePullPolicy: {{ $image.pullPolicy }}
   command: [chown, "{{ .Values.podSecurityContext.runAsUser }}:{{ .Values.podSecurityContext.runAsGroup }}", /var/lib/triton-trtllm]
   securityContext:
     runAsNonRoot: false
@@ -105,8 +100,8 @@ priorityClassName: {{ . }}
     - {name: store, mountPath: /var/lib/triton-trtllm}
 {{- end }}
 - name: build
-  image: {{ include "llm.builderImage" . }}
-  imagePullPolicy: {{ .Values.builderImage.pullPolicy }}
+  image: {{ include "llm.image" (dict "image" $image "root" .) }}
+  imagePullPolicy: {{ $image.pullPolicy }}
   command: [python3, /opt/triton-trtllm/build/engines.py]
   args:
     - --model={{ .Values.model.checkpoint }}

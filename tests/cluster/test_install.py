@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 
@@ -66,6 +67,22 @@ def asks(namespace: Namespace, release: str) -> None:
 def test_a_baked_engine_serves_under_restricted(restricted: Namespace):
     restricted.install("baked", *BAKED, wait=90)
     asks(restricted, "baked")
+
+
+def test_the_client_deployment_asks_every_pod(restricted: Namespace):
+    restricted.install("baked", *BAKED, "replicas=2", "client.enabled=true", wait=90)
+    restricted.rolled_out("baked-client", 60)
+
+    def answered() -> bool:
+        paths = [
+            f"/api/v1/namespaces/{restricted.name}/pods/{pod['metadata']['name']}:8002/proxy/metrics"
+            for pod in restricted.ready_pods()
+        ]
+        counts = [kubectl("get", "--raw", path).count('finish_reason="length"} 0\n') for path in paths]
+        return len(counts) == 2 and not any(counts)
+
+    until("answers of both Pods", answered, 60)
+    restricted.helm("uninstall", "baked", "--wait=false")
 
 
 def test_four_pods_on_empty_nodes_build_once_per_node(privileged: Namespace):
@@ -142,29 +159,41 @@ def test_a_build_that_is_killed_leaves_nothing_harmful(privileged: Namespace):
     privileged.helm("uninstall", "killed", "--wait=false")
 
 
-def test_an_engine_for_another_gpu_is_refused_in_the_pods_status(restricted: Namespace, image_tag: str):
-    """The manifest of the baked engine, as an engine for an A10G has it: this node has none."""
+REFUSED_ENGINES = {
+    "gpu": (
+        {"engine": "tensorrt", "gpu": {"product": "NVIDIA-A10G", "compute_capability": "8.6"}},
+        "the engine is of the kind tensorrt and TensorRT-LLM is not installed here; ",
+    ),
+    "version": (
+        {"versions": {"openvino": "2099.1.0"}},
+        "the engine was built with OpenVINO 2099.1.0; this machine has OpenVINO 2026.4.1; ",
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED_ENGINES)
+def test_an_engine_that_does_not_fit_is_refused_in_the_pods_status(restricted: Namespace, image_tag: str, reason: str):
+    """The baked engine with another manifest. Which GPU it is for is looked at where TensorRT-LLM is (unit tests)."""
+    manifest, sentence = REFUSED_ENGINES[reason]
     change = (
-        "import json, os, pathlib, runpy, shutil, sys; "
+        "import json, os, pathlib, shutil, sys; "
         "shutil.copytree('/models/demo-gpt2', '/tmp/other'); "
         "path = pathlib.Path('/tmp/other/tensorrt_llm/1/engine/engine.json'); "
-        "manifest = json.loads(path.read_text()); "
-        "manifest |= {'engine': 'tensorrt', 'gpu': {'product': 'NVIDIA-A10G', 'compute_capability': '8.6'}}; "
-        "manifest['versions'] = {'tensorrt_llm': '1.2.1', 'tensorrt': '10.14'}; "
-        "path.write_text(json.dumps(manifest)); "
+        "path.write_text(json.dumps(json.loads(path.read_text()) | json.loads(sys.argv[1]))); "
         "serve = '/opt/triton-trtllm/scripts/serve.py'; "
         "os.execv(sys.executable, [sys.executable, serve, '/tmp/other'])"
     )
-    environment = [{"name": "TERMINATION_MESSAGE_PATH", "value": "/dev/termination-log"}]
     pod = pod_of(
-        "refused", f"triton-trtllm/server-demo:{image_tag}", ["python3", "-c", change], cpu="1", env=environment
+        f"refused-{reason}",
+        f"triton-trtllm/server-demo:{image_tag}",
+        ["python3", "-c", change, json.dumps(manifest)],
+        cpu="1",
+        env=[{"name": "TERMINATION_MESSAGE_PATH", "value": "/dev/termination-log"}],
     )
     restricted.apply(pod)
-    restricted.ended("refused", 60)
-    (message,) = messages(restricted.get("pod", "refused"))
-    assert message.startswith(
-        "the engine was built for NVIDIA-A10G (8.6) with TensorRT-LLM 1.2.1; this machine has no GPU"
-    )
+    restricted.ended(f"refused-{reason}", 60)
+    (message,) = messages(restricted.get("pod", f"refused-{reason}"))
+    assert message.startswith(sentence)
 
 
 def test_a_checkpoint_that_is_not_there_is_said_in_the_pods_status(restricted: Namespace, claim: str):
