@@ -157,7 +157,9 @@ def test_a_killed_server_breaks_its_own_streams_with_an_error_and_comes_back(
 @pytest.mark.parametrize("verb", ["lose", "cut"])
 def test_a_node_vanishes(namespace: Namespace, service: str, nodes: list[str], image_tag: str, verb: str):
     namespace.kubectl("scale", f"deployment/{service}", f"--replicas={REPLICAS}")
+    namespace.kubectl("rollout", "restart", f"deployment/{service}")  # spreads them anew
     namespace.rolled_out(service, 120)
+    until("the old Pods have ended", lambda: len(namespace.pods()) == REPLICAS, 60)
     by_node = [pod["spec"]["nodeName"] for pod in namespace.ready_pods()]
     assert by_node.count(nodes[0]) == by_node.count(nodes[1]) == REPLICAS // 2, "half of them are on each node"
     keepalive = ("--grpc-option=grpc.keepalive_time_ms=5000", "--grpc-option=grpc.keepalive_timeout_ms=5000")
