@@ -40,7 +40,7 @@ image-%:
 	$(IMAGE_BUILD) --file containerfiles/$*.Containerfile --tag triton-trtllm/$*:$(IMAGE_TAG) \
 		--build-arg PIP_INDEX_URL --build-arg PIP_EXTRA_INDEX_URL \
 		--build-arg VERSION=$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \
-		--build-arg REVISION=$(shell git describe --always --dirty --abbrev=40) $(IMAGE_ARGS) .
+		--build-arg REVISION=$(or $(shell git describe --match= --always --dirty --abbrev=40 2>/dev/null),unknown) $(IMAGE_ARGS) .
 
 test: install ## the whole test suite
 	$(IN_VENV) -m pytest
