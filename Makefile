@@ -8,7 +8,7 @@ IMAGES ?= server-cpu builder client
 IMAGE_TAG ?= dev
 IMAGE_BUILD ?= docker build
 
-.PHONY: help install demo serve load images chart test test-cluster drain bench fuzz soak lint format clean
+.PHONY: help install demo serve load images image-demo chart test test-cluster drain bench fuzz soak lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands

@@ -234,7 +234,7 @@ def test_the_api_server_takes_every_example(restricted: Namespace, example: str)
         "client.enabled=true",
         "ingress.enabled=true",
     ]
-    everything += ["ingress.host=llm.example", "gateway.enabled=true", "gateway.name=gateway"]
+    everything += ["ingress.host=llm.example", "gateway.enabled=true", "gateway.name=gateway", "autoscaling.mode=keda"]
     rendered = run(
         *("helm", "template", "llm", str(CHART), "--namespace", restricted.name, "--kube-version", "1.35.0"),
         *("--values", str(CHART / f"examples/{example}.yaml")),
