@@ -93,9 +93,9 @@ priorityClassName: {{ . }}
     allowPrivilegeEscalation: false
     readOnlyRootFilesystem: true
     capabilities: {drop: [ALL], add: [CHOWN]}
-  resources:
-    requests: {cpu: 100m, memory: 64Mi}
-    limits: {cpu: 100m, memory: 64Mi}
+  resources: # as much as any other container of the Pod has, which costs nothing: they take turns
+    requests: {cpu: {{ .Values.resources.cpu | quote }}, memory: 64Mi}
+    limits: {cpu: {{ .Values.resources.cpu | quote }}, memory: 64Mi}
   volumeMounts:
     - {name: store, mountPath: /var/lib/triton-trtllm}
 {{- end }}
