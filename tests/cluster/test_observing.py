@@ -32,6 +32,18 @@ def ask(query: str) -> list[dict[str, Any]]:
     return answer["data"]["result"]
 
 
+# Of the Pod that plays kube-state-metrics.
+MONITOR = {
+    "apiVersion": "monitoring.coreos.com/v1",
+    "kind": "PodMonitor",
+    "metadata": {"name": "kube-state"},
+    "spec": {
+        "selector": {"matchLabels": {"test": "kube-state"}},
+        "podMetricsEndpoints": [{"port": "state", "honorLabels": True}],
+    },
+}
+
+
 @pytest.fixture(scope="module")
 def service(make_namespace: Callable[[str], Namespace], image_tag: str) -> Iterator[Namespace]:
     """A release `watched` under a short load, scraped and scaled."""
@@ -39,6 +51,7 @@ def service(make_namespace: Callable[[str], Namespace], image_tag: str) -> Itera
     if missing := KINDS - installed:
         pytest.skip(f"the cluster has no {', '.join(sorted(missing))}")
     namespace = make_namespace("privileged")
+    namespace.apply(MONITOR)  # Prometheus takes up to two minutes to read a new configuration
     values = [
         "monitoring.enabled=true",
         "autoscaling.mode=keda",
@@ -99,16 +112,7 @@ def play_kube_state_metrics(namespace: Namespace, image_tag: str) -> None:
         ["python3", "-c", serve, "\n".join(lines) + "\n"],
         ports=[{"name": "state", "containerPort": 8080}],
     )
-    monitor = {
-        "apiVersion": "monitoring.coreos.com/v1",
-        "kind": "PodMonitor",
-        "metadata": {"name": "kube-state"},
-        "spec": {
-            "selector": {"matchLabels": {"test": "kube-state"}},
-            "podMetricsEndpoints": [{"port": "state", "honorLabels": True}],
-        },
-    }
-    namespace.apply(pod, monitor)
+    namespace.apply(pod)
 
 
 def seconds(timestamp: str) -> float:
