@@ -12,6 +12,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 
+import loads
 import pytest
 from cluster_client import Namespace, kubectl
 
@@ -48,3 +49,25 @@ def make_namespace(_cluster: None, image_tag: str) -> Iterator[Callable[[str], N
         kubectl("--namespace", name, "delete", "deployment", "--all", "--wait=false")
         kubectl("--namespace", name, "delete", "pods", "--all", "--force", "--grace-period=0")
         kubectl("delete", "namespace", name, "--wait=false")
+
+
+# ---- a service under load, for the tests in which Pods go away
+
+
+@pytest.fixture(scope="module")
+def namespace(make_namespace: Callable[[str], Namespace]) -> Namespace:
+    return make_namespace("privileged")
+
+
+@pytest.fixture(scope="module")
+def nodes(namespace: Namespace) -> list[str]:
+    return sorted(node["metadata"]["name"] for node in namespace.get("nodes"))
+
+
+@pytest.fixture(scope="module")
+def service(namespace: Namespace) -> Iterator[str]:
+    namespace.install(
+        "llm", *loads.SYNTHETIC, f"engine.node.path=/mnt/node/{namespace.name}", f"replicas={loads.REPLICAS}", wait=240
+    )
+    yield "llm"
+    namespace.helm("uninstall", "llm", "--wait=false")

@@ -19,6 +19,8 @@ SYNTHETIC = (
     "builderResources.cpu=200m,builderResources.memory=512Mi",
 )
 
+REPLICAS = 4  # of the fixture `service`
+
 HTTP_LOAD = Path(__file__).with_name("http_load.py")
 # The report is a file, whole or none; so it is printed when the client has ended.
 _GRPC_LOAD = (

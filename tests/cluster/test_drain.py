@@ -8,41 +8,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
 
-import pytest
-from cluster_client import Namespace, is_ready, kubectl, run, until
-from loads import SYNTHETIC, Load, table
+from cluster_client import Namespace, is_ready, kubectl, until
+from loads import REPLICAS, Load, table
 from pod_ends import PodEnds
 
 OPERATIONS = int(os.environ.get("DRAIN_OPERATIONS", "20"))
 TOKENS = (300, 900)
-REPLICAS = 4
 KILL_TRITONSERVER = """
 import os, pathlib
 for comm in pathlib.Path("/proc").glob("[0-9]*/comm"):
     if comm.read_text().strip() == "tritonserver":
         os.kill(int(comm.parent.name), 9)
 """
-
-
-@pytest.fixture(scope="module")
-def namespace(make_namespace: Callable[[str], Namespace]) -> Namespace:
-    return make_namespace("privileged")
-
-
-@pytest.fixture(scope="module")
-def nodes(namespace: Namespace) -> list[str]:
-    return sorted(node["metadata"]["name"] for node in namespace.get("nodes"))
-
-
-@pytest.fixture(scope="module")
-def service(namespace: Namespace) -> Iterator[str]:
-    namespace.install(
-        "llm", *SYNTHETIC, f"engine.node.path=/mnt/node/{namespace.name}", f"replicas={REPLICAS}", wait=240
-    )
-    yield "llm"
-    namespace.helm("uninstall", "llm", "--wait=false")
 
 
 class Operations:
@@ -151,31 +129,3 @@ def test_a_killed_server_breaks_its_own_streams_with_an_error_and_comes_back(
     broken = sum(outcome.broken for outcome in outcomes)
     assert 0 < broken < sum(outcome.sent for outcome in outcomes) / 2, "those of the other Pod did not notice"
     assert max(http.report["silences"], default=0) < 2
-
-
-@pytest.mark.skipif("TEST_NODE_COMMAND" not in os.environ, reason="no TEST_NODE_COMMAND, so no node can vanish")
-@pytest.mark.parametrize("verb", ["lose", "cut"])
-def test_a_node_vanishes(namespace: Namespace, service: str, nodes: list[str], image_tag: str, verb: str):
-    namespace.kubectl("scale", f"deployment/{service}", f"--replicas={REPLICAS}")
-    namespace.kubectl("rollout", "restart", f"deployment/{service}")  # spreads them anew
-    namespace.rolled_out(service, 120)
-    until("the old Pods have ended", lambda: len(namespace.pods()) == REPLICAS, 60)
-    by_node = [pod["spec"]["nodeName"] for pod in namespace.ready_pods()]
-    assert by_node.count(nodes[0]) == by_node.count(nodes[1]) == REPLICAS // 2, "half of them are on each node"
-    keepalive = ("--grpc-option=grpc.keepalive_time_ms=5000", "--grpc-option=grpc.keepalive_timeout_ms=5000")
-    load = Load(namespace, image_tag, service, "demo-gpt2", node=nodes[0], tokens=TOKENS, grpc_options=keepalive)
-    load.running()
-    time.sleep(15)
-    started = time.monotonic()
-    try:
-        run(*os.environ["TEST_NODE_COMMAND"].split(), nodes[1], verb)
-        until("half of the Pods are known to be gone", lambda: len(namespace.ready_pods()) == REPLICAS // 2, 120)
-        noticed = time.monotonic() - started
-        until("all Pods are ready, elsewhere", lambda: len(namespace.ready_pods()) == REPLICAS, 200)
-        whole = time.monotonic() - started
-    finally:
-        run(*os.environ["TEST_NODE_COMMAND"].split(), nodes[1], "join")
-    outcomes = load.stop()
-    print(f"\n{verb}: noticed after {noticed:.0f} s, whole after {whole:.0f} s\n{table(outcomes)}")
-    print([outcome.examples for outcome in outcomes])
-    assert whole < 150
