@@ -1,6 +1,9 @@
 """How long a Pod with a stored engine takes to be ready, beside the same server outside of Kubernetes.
 
-Only where the cluster's nodes are this machine (TEST_NODE_COMMAND) and `make image-demo` has left its repository.
+Only where the cluster's nodes are this machine (TEST_NODE_COMMAND) and `make image-demo` has left its repository. What
+Kubernetes adds is the same for every engine: a Pod's making, a container's start, a look once a second whether it is
+ready; with an init container, which the kubelet notices the end of once a second, twice that. START_REPOSITORY and
+START_VALUES (as of --set) try another engine; see docs/operations.md.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ import pytest
 from cluster_client import ROOT, Namespace, until
 from local_server import LocalServer
 
-REPOSITORY = ROOT / "out/image/demo-gpt2"
+REPOSITORY = Path(os.environ.get("START_REPOSITORY", ROOT / "out/image/demo-gpt2"))
+VALUES = os.environ.get("START_VALUES", "").split()
+MOST_SECONDS = {"image": 3.0, "node": 6.0}  # that Kubernetes may add; 1.7 and 4 were measured
 TIMES = 5
 UNLIMITED = "resources.cpu=2,builderResources.cpu=2"
 
@@ -38,15 +43,13 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> float:
 
 
 @pytest.mark.parametrize("source", ["image", "node"])
-def test_a_pod_is_nearly_as_quick_as_the_server_alone(
-    make_namespace: Callable[[str], Namespace], outside: float, source: str
-):
+def test_what_kubernetes_adds_to_a_start(make_namespace: Callable[[str], Namespace], outside: float, source: str):
     namespace = make_namespace("privileged")
     values = [f"engine.node.path=/mnt/node/{namespace.name}"]
     if source == "image":
         values = ["engine.source=image", "model.checkpoint=", "builderImage.repository="]
         values += ["image.repository=triton-trtllm/server-demo"]
-    namespace.install("demo", *values, UNLIMITED, "nodeSelector.kubernetes\\.io/hostname=node-0", wait=240)
+    namespace.install("demo", *values, *VALUES, UNLIMITED, "nodeSelector.kubernetes\\.io/hostname=node-0", wait=240)
     found = []
     for _ in range(TIMES):
         namespace.kubectl("scale", "deployment/demo", "--replicas=0")
@@ -62,4 +65,4 @@ def test_a_pod_is_nearly_as_quick_as_the_server_alone(
         f"\nready, engine from the {source}: {inside:.2f} s in a Pod, {outside:.2f} s outside: {inside / outside:.2f} x"
     )
     print(f"each: {[round(seconds, 2) for seconds in found]}")
-    assert inside <= 1.3 * outside
+    assert inside - outside <= MOST_SECONDS[source]
