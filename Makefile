@@ -59,7 +59,7 @@ image-demo: ## the CPU server with the demo's engine baked in
 	docker build --file containerfiles/server-cpu.Containerfile --tag triton-trtllm/server-demo:$(IMAGE_TAG) \
 		--build-arg REPOSITORIES=out/image --build-arg PIP_INDEX_URL --build-arg PIP_EXTRA_INDEX_URL $(IMAGE_ARGS) .
 
-test-cluster: install images image-demo ## the chart on the cluster of KUBECONFIG, in namespaces of its own, 12 minutes
+test-cluster: install images image-demo ## the chart on the cluster of KUBECONFIG, in namespaces of its own, half an hour; ARGS="-m 'not figures'": less
 	docker save $(CLUSTER_IMAGES) | $(CLUSTER_LOAD)
 	TEST_KUBECONFIG=$(KUBECONFIG) TEST_IMAGE_TAG=$(IMAGE_TAG) $(IN_VENV) -m pytest -s tests/cluster $(ARGS)
 

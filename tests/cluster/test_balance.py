@@ -17,6 +17,8 @@ STREAMS = 64
 # Answers of 4 to 12 s, so that everybody has asked again after a quarter of a minute.
 ASKING = ("--model=demo-gpt2", "--end-id=-1", "--input-tokens=8", "--output-tokens=uniform:60:180", "--retries=20")
 
+pytestmark = pytest.mark.figures
+
 
 @pytest.fixture(scope="module")
 def namespace(make_namespace: Callable[[str], Namespace]) -> Namespace:

@@ -25,6 +25,7 @@ TIMES = 5
 UNLIMITED = "resources.cpu=2,builderResources.cpu=2"
 
 pytestmark = [
+    pytest.mark.figures,
     pytest.mark.skipif("TEST_NODE_COMMAND" not in os.environ, reason="no TEST_NODE_COMMAND: the nodes are elsewhere"),
     pytest.mark.skipif(not REPOSITORY.is_dir(), reason=f"no {REPOSITORY}: make image-demo"),
 ]

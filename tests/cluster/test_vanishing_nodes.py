@@ -11,6 +11,8 @@ from loads import REPLICAS, Load, table
 
 TOKENS = (300, 900)  # at 15 a second, 20 to 60 s
 
+pytestmark = pytest.mark.figures
+
 
 @pytest.mark.skipif("TEST_NODE_COMMAND" not in os.environ, reason="no TEST_NODE_COMMAND, so no node can vanish")
 @pytest.mark.parametrize("verb", ["lose", "cut"])
