@@ -73,7 +73,13 @@ class Operations:
             try:
                 selector = "app.kubernetes.io/component=server"
                 kubectl(
-                    "drain", node, "--ignore-daemonsets", f"--pod-selector={selector}", "--timeout=280s", timeout=300
+                    "drain",
+                    node,
+                    "--ignore-daemonsets",
+                    "--delete-emptydir-data",
+                    f"--pod-selector={selector}",
+                    "--timeout=280s",
+                    timeout=300,
                 )
             finally:
                 kubectl("uncordon", node)
