@@ -43,7 +43,7 @@ class Operations:
                     return
                 operation()
             round_number += 1
-            if round_number % 2 == 0 and self.number < number:
+            if round_number % 2 == 1 and self.number < number:
                 self.drain()
 
     def scale_down(self) -> None:
