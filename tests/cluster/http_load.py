@@ -1,4 +1,4 @@
-"""A client that knows nothing but HTTP, for tests: streams and whole answers, until SIGTERM. Prints one JSON object.
+"""A client that knows nothing but HTTP, for tests: streams and whole answers, until SIGTERM. Leaves /tmp/report.json.
 
     python http_load.py URL MODEL STREAMS WHOLE MIN_TOKENS MAX_TOKENS
 
@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from urllib.parse import urlsplit
 
 TRIES = 20
@@ -135,7 +136,7 @@ def main() -> None:
     for thread in threads:
         while thread.is_alive():
             thread.join(0.5)
-    print(json.dumps({**counts, "examples": examples, "silences": silences}))
+    Path("/tmp/report.json").write_text(json.dumps({**counts, "examples": examples, "silences": silences}))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster_client import Namespace, pod_of, until
+from cluster_client import CommandError, Namespace, pod_of, until
 
 # Values of a release whose engine makes up 15 tokens/s for each of 64 sequences; many Pods of it fit on two cores.
 SYNTHETIC = (
@@ -22,11 +22,13 @@ SYNTHETIC = (
 REPLICAS = 4  # of the fixture `service`
 
 HTTP_LOAD = Path(__file__).with_name("http_load.py")
-# The report is a file, whole or none; so it is printed when the client has ended.
-_GRPC_LOAD = (
-    'python /opt/triton-trtllm/clients/load.py "$@" --json /tmp/report.json >/dev/null & '
-    'trap "kill -TERM $!" TERM; wait $!; wait $!; cat /tmp/report.json'
+# Runs a client, hands SIGTERM on, and stays with the report that the client has left. A log would do, but for clusters
+# whose nodes share a machine: one node's kubelet may clear away logs of another's Pods.
+_KEEPER = (
+    '"$@" >/dev/null & trap "kill -TERM $!" TERM; wait $!; wait $!; '
+    "mv /tmp/report.json /tmp/result.json; trap - TERM; exec sleep 3600"
 )
+_GRPC_LOAD = ("python", "/opt/triton-trtllm/clients/load.py", "--json=/tmp/report.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ def grpc_client(
     namespace: Namespace, image_tag: str, name: str, *options: str, node: str | None = None, cpu: str = "1"
 ) -> None:
     """Start a Pod with the load client. At SIGTERM it finishes, and its report is its log."""
-    pod = pod_of(name, f"triton-trtllm/client:{image_tag}", ["sh", "-c", _GRPC_LOAD, "-", *options], cpu=cpu)
+    pod = pod_of(name, f"triton-trtllm/client:{image_tag}", ["sh", "-c", _KEEPER, "-", *_GRPC_LOAD, *options], cpu=cpu)
     if node:
         pod["spec"]["nodeSelector"] = {"kubernetes.io/hostname": node}
     namespace.apply(pod)
@@ -78,16 +80,13 @@ class Load:
         least, most = tokens
         grpc = [f"--url={release}:8001", f"--model={model}", "--retries=20", "--end-id=-1", "--input-tokens=8"]
         grpc += [f"--output-tokens=uniform:{least}:{most}", "--grace=150s", "--wait=60s", *grpc_options]
-        self._start("grpc-streams", ["sh", "-c", _GRPC_LOAD, "-", *grpc, f"--concurrency={streams}", "--connections=6"])
-        self._start(
-            "grpc-whole",
-            ["sh", "-c", _GRPC_LOAD, "-", *grpc, f"--concurrency={whole}", "--connections=2", "--no-stream"],
-        )
+        self._start("grpc-streams", [*_GRPC_LOAD, *grpc, f"--concurrency={streams}", "--connections=6"])
+        self._start("grpc-whole", [*_GRPC_LOAD, *grpc, f"--concurrency={whole}", "--connections=2", "--no-stream"])
         http = [f"http://{release}:8000", model, str(streams), str(whole), str(least), str(most)]
         self._start("http", ["python", "-c", HTTP_LOAD.read_text(), *http])
 
     def _start(self, name: str, command: list[str]) -> None:
-        pod = pod_of(name, self._image, command, cpu="1")
+        pod = pod_of(name, self._image, ["sh", "-c", _KEEPER, "-", *command], cpu="1")
         pod["spec"]["nodeSelector"] = {"kubernetes.io/hostname": self._node}
         pod["spec"]["terminationGracePeriodSeconds"] = 1
         self._namespace.apply(pod)
@@ -100,21 +99,26 @@ class Load:
     def _phase(self, name: str) -> str:
         return self._namespace.get("pod", name)["status"].get("phase", "")
 
+    def _report(self, name: str) -> dict[str, Any] | None:
+        try:
+            return json.loads(self._namespace.kubectl("exec", name, "--", "cat", "/tmp/result.json"))
+        except CommandError:  # not yet
+            return None
+
     def stop(self, seconds: float = 200) -> list[Outcome]:
         """No more requests; when the last is over, what became of all."""
         for name in self._names:
             self._namespace.kubectl("exec", name, "--", "sh", "-c", "kill -TERM 1")
         outcomes = []
         for name in self._names:
-            self._namespace.ended(name, seconds)
-            log = self._namespace.kubectl("logs", name)
-            self._namespace.kubectl("delete", "pod", name, "--wait=false")
-            outcomes.append(_outcome(name, log))
+            report = until(f"the report of {name}", lambda name=name: self._report(name), seconds, every=2)
+            outcomes.append(_outcome(name, report))
+        for name in self._names:
+            self._namespace.kubectl("delete", "pod", name)
         return outcomes
 
 
-def _outcome(name: str, log: str) -> Outcome:
-    report = json.loads(log[log.index("{") :])
+def _outcome(name: str, report: dict[str, Any]) -> Outcome:
     if "requests" not in report:
         counts = {key: report[key] for key in ("sent", "ok", "broken", "gave_up", "retries")}
         return Outcome(name=name, **counts, examples=report["examples"], report=report)
