@@ -141,7 +141,7 @@ priorityClassName: {{ . }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
   securityContext: {{- toYaml .Values.containerSecurityContext | nindent 4 }}
-  resources: {{- include "llm.resources" (dict "root" . "resources" (.Values.builderResources | default .Values.resources)) | nindent 4 }}
+  resources: {{- include "llm.resources" (dict "root" . "resources" (.Values.builderResources | default .Values.resources)) | trim | nindent 4 }}
   volumeMounts:
     - {name: store, mountPath: /var/lib/triton-trtllm, readOnly: {{ .Values.engine.claim.readOnly }}}
     - {name: models, mountPath: /models}
