@@ -27,7 +27,7 @@ from supervisor import Feedback, Supervisor, num_in_flight
 NGC_TRITONSERVER = Path("/opt/tritonserver/bin/tritonserver")
 TRITON_EXIT_SECONDS = 8  # when the supervisor ends it, nothing is in flight, and its models take two to four
 SHARED_MEMORY = Path("/dev/shm")
-# Each Python model takes 1 MiB there when it starts, and more with its requests: after a prompt of 4 MB four had 10 MiB.
+# Each Python model takes 1 MiB there when it starts, and more with its requests: 10 MiB in all after a prompt of 4 MB.
 SHARED_MEMORY_BYTES_PER_MODEL = 4 << 20
 # Triton starts a model's process through a shell with the path unquoted, waits for it for ever, and reads it as ASCII.
 NOT_IN_PATHS = re.compile(r"[^\w/.,:=+@%~#-]", re.ASCII)
@@ -149,8 +149,8 @@ def check_shared_memory(repository: Path, folder: Path = SHARED_MEMORY) -> None:
     if free < needed:
         raise ServeError(
             f"{folder} has {free / (1 << 20):.1f} MiB free, and the {num_models} models of {repository} need "
-            f"{needed >> 20} MiB there; give the container more: docker run --shm-size 64m, or in Kubernetes an emptyDir "
-            f"of medium Memory, mounted at {folder}"
+            f"{needed >> 20} MiB there; give the container more: docker run --shm-size 64m, "
+            f"or in Kubernetes an emptyDir of medium Memory, mounted at {folder}"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -46,14 +45,20 @@ def saved(image: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory)
     return cache(lambda name: SavedImage(image(name), folder / f"{name}.tar"))
 
 
+@pytest.fixture
+def empty_volume() -> Iterator[str]:
+    name = docker("volume", "create").strip()
+    yield name
+    docker("volume", "rm", name)
+
+
 @pytest.fixture(scope="session")
 def volume(image: Callable[[str], str]) -> Iterator[str]:
     """A volume with a store and, below `demo-gpt2`, the demo model's repository, both from the builder image.
 
     It had no network, and nothing to write on but the volume and /tmp.
     """
-    name = f"triton-trtllm-test-{os.getpid()}"
-    docker("volume", "create", name)
+    name = docker("volume", "create").strip()
     try:
         docker(
             *("run", "--rm", "--network", "none", "--read-only", "--tmpfs", "/tmp"),
@@ -67,7 +72,7 @@ def volume(image: Callable[[str], str]) -> Iterator[str]:
 
 
 @pytest.fixture
-def start_container(request: pytest.FixtureRequest) -> Iterator[Callable[..., Container]]:
+def start_container() -> Iterator[Callable[..., Container]]:
     """start_container(image, *arguments, options=[...]): a container that is removed, and its log shown, at the end."""
     containers: list[Container] = []
 

@@ -74,7 +74,7 @@ class SavedImage:
             for layer in self._layers[self.num_base_layers :]:
                 with tarfile.open(fileobj=saved.extractfile(layer)) as files:
                     for entry in files:
-                        if entry.isfile():
+                        if entry.isfile() and not Path(entry.name).name.startswith(".wh."):  # marks of what is removed
                             yield entry.name, partial(_read, files, entry)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -45,17 +46,19 @@ def test_a_baked_image_answers_on_a_read_only_root(start_container, baked: str):
 def test_docker_stop_lets_a_stream_finish_and_the_container_ends_with_0(start_container, baked: str):
     server = ServerContainer(start_container, baked, "/models/demo-gpt2")
     server.wait_until_ready()
-    body = {"text_input": PROMPT, "max_tokens": 600, "end_id": -1, "stream": True}
-    with server.open("/v2/models/demo-gpt2/generate_stream", body) as stream:
+    body = {"text_input": PROMPT, "max_tokens": 1000, "end_id": -1, "stream": True}
+    with ThreadPoolExecutor(1) as thread, server.open("/v2/models/demo-gpt2/generate_stream", body) as stream:
         events = [stream.readline()]
-        codes: list[int] = []
-        stopping = threading.Thread(target=lambda: codes.append(server.container.stop()))
-        stopping.start()
+        exit_code = thread.submit(server.container.stop)
+        while "serve: ending" not in server.container.log():
+            time.sleep(0.05)
+        signalled = time.monotonic()
         events += stream.readlines()
-    stopping.join()
+        seconds_after_the_signal = time.monotonic() - signalled
     last = json.loads([event for event in events if event.startswith(b"data:")][-1].removeprefix(b"data:"))
     assert last["finish_reason"] == "length"
-    assert codes == [0]
+    assert exit_code.result() == 0
+    assert seconds_after_the_signal > 0.2, "the stream was over before the signal came, so the test shows nothing"
 
 
 def test_what_the_builder_left_in_a_volume_is_served_read_only(start_container, image, volume: str):
@@ -96,27 +99,27 @@ def test_a_container_without_a_model_says_what_is_missing(start_container, image
     assert "/models/demo-gpt2 is not a folder; build a repository" in container.log()
 
 
-def test_the_image_for_gpus_builds_and_serves_beside_nvidia_s_tritonserver(start_container, image):
+def test_the_image_for_gpus_builds_and_serves_beside_nvidia_s_tritonserver(image, empty_volume: str, start_container):
     """On a base image that stands in for NVIDIA's; the engine needs no GPU and no library."""
-    volume = docker("volume", "create").strip()
-    try:
-        docker(
-            *("run", "--rm", "--network", "none", "--read-only", "--tmpfs", "/tmp", "--entrypoint", "python3"),
-            *("--volume", f"{volume}:{VOLUME}", "--volume", f"{CHECKPOINT}:/checkpoint/demo-gpt2:ro", image("server")),
-            *("build/engines.py", "--model", "/checkpoint/demo-gpt2", "--served-name", "demo", "--engine", "synthetic"),
-            *("--synthetic", "tokens_per_second=200", "--cache-dir", f"{VOLUME}/store", "--output", f"{VOLUME}/demo"),
-        )
-        options = ["--volume", f"{volume}:{VOLUME}:ro"]
-        server = ServerContainer(start_container, image("server"), f"{VOLUME}/demo", "--benchmark", options=options)
-        server.wait_until_ready()
-        assert server.generate("demo", text_input=PROMPT, max_tokens=8)["num_output_tokens"] == 8
-        assert "/opt/tritonserver/bin/tritonserver" in server.container.execute(
-            "sh", "-c", "cat /proc/[0-9]*/cmdline | tr '\\0' '\\n'"
-        )
-        assert server.container.stop() == 0
-        server.container.remove()
-    finally:
-        docker("volume", "rm", volume)
+    docker(
+        *("run", "--rm", "--network", "none", "--read-only", "--tmpfs", "/tmp", "--entrypoint", "python3"),
+        *(
+            "--volume",
+            f"{empty_volume}:{VOLUME}",
+            "--volume",
+            f"{CHECKPOINT}:/checkpoint/demo-gpt2:ro",
+            image("server"),
+        ),
+        *("build/engines.py", "--model", "/checkpoint/demo-gpt2", "--served-name", "demo", "--engine", "synthetic"),
+        *("--synthetic", "tokens_per_second=200", "--cache-dir", f"{VOLUME}/store", "--output", f"{VOLUME}/demo"),
+    )
+    options = ["--volume", f"{empty_volume}:{VOLUME}:ro"]
+    server = ServerContainer(start_container, image("server"), f"{VOLUME}/demo", "--benchmark", options=options)
+    server.wait_until_ready()
+    assert server.generate("demo", text_input=PROMPT, max_tokens=8)["num_output_tokens"] == 8
+    processes = server.container.execute("sh", "-c", "cat /proc/[0-9]*/cmdline | tr '\\0' '\\n'").splitlines()
+    assert "/opt/tritonserver/bin/tritonserver" in processes
+    assert server.container.stop() == 0
 
 
 def test_the_image_for_gpus_keeps_what_its_base_image_has_and_adds_what_it_lacks(image):
