@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
+from calibration import dataset_digest, needs_calibration
 from checkpoint import Checkpoint
 from checkpoint_files import MODELOPT_FILE, read_note
 from errors import UnsupportedError, UsageError
@@ -52,6 +54,8 @@ class BuildRequest:
     max_seq_len: int | None = None
     trust_remote_code: bool = False
     synthetic: SyntheticRates | None = None
+    calibration_data: Path | None = None  # None: the library's default, where the format needs any
+    llm_arguments: Mapping[str, Any] = field(default_factory=dict)  # for TensorRT-LLM's LLM class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,22 +87,28 @@ class EnginePlan:
     trust_remote_code: bool
     compiler_versions: tuple[tuple[str, str], ...]  # ("openvino", "2026.4.1"), ... sorted by name
     synthetic: SyntheticRates | None = None
+    calibration: str | None = None  # the texts' name or digest; None where the format needs none
+    calibration_data: str | None = None  # the folder with them; None for the library's default
+    llm_arguments: Mapping[str, Any] = field(default_factory=dict)  # checked by llm_arguments.py
 
     @property
     def world_size(self) -> int:
         return self.tensor_parallel * self.pipeline_parallel
 
     def key_fields(self) -> dict[str, Any]:
-        """Everything that decides the engine's bytes, as plain JSON data. `model` is left out: the digest says it."""
+        """Everything that decides the engine's bytes, as plain JSON data.
+
+        `model` and `calibration_data` are left out: digests say what they hold.
+        """
         fields = asdict(self)
-        del fields["model"]
+        del fields["model"], fields["calibration_data"]
         return fields
 
 
 # A context of 128k tokens would reserve most of a laptop's memory for its KV cache; whoever needs it asks for it.
 _DEFAULT_MOST_SEQ_LEN = 4096
 _DEFAULT_MAX_BATCH_SIZE = 16
-_MAX_BEAM_WIDTH = 4
+_MAX_BEAM_WIDTH = 4  # on a CPU; TensorRT-LLM's beam search gives no stream, and takes memory for every beam
 
 
 def choose_engine(choice: EngineChoice, gpu_products: Sequence[str]) -> tuple[EngineKind, str]:
@@ -114,6 +124,12 @@ def make_plan(
     request: BuildRequest, checkpoint: Checkpoint, engine: EngineKind, versions: Mapping[str, str]
 ) -> EnginePlan:
     """Decide everything that is open. Raises UsageError for limits that the model cannot have."""
+    is_calibrated = engine == "tensorrt" and needs_calibration(request.quantization, request.kv_cache_dtype)
+    if request.calibration_data is not None and not is_calibrated:
+        raise UsageError(
+            f"--calibration-data {request.calibration_data} is for TensorRT engines with --quantization fp8, int4_awq "
+            "or int8_sq or a --kv-cache-dtype, and this one needs no texts; leave it out"
+        )
     config = read_config(checkpoint)
     architectures = config.get("architectures") or []
     if len(architectures) != 1:
@@ -133,10 +149,13 @@ def make_plan(
         tensor_parallel=request.tensor_parallel,
         pipeline_parallel=request.pipeline_parallel,
         gpu=request.gpu,
-        limits=_limits(request, {} if engine == "synthetic" else config),
+        limits=_limits(request, engine, {} if engine == "synthetic" else config),
         trust_remote_code=request.trust_remote_code,
         compiler_versions=tuple(sorted(versions.items())),
         synthetic=request.synthetic,
+        calibration=dataset_digest(request.calibration_data) if is_calibrated else None,
+        calibration_data=str(request.calibration_data.absolute()) if request.calibration_data is not None else None,
+        llm_arguments=dict(request.llm_arguments),
     )
 
 
@@ -167,7 +186,7 @@ def _dtype(request: BuildRequest, engine: EngineKind, config: Mapping[str, Any])
     return "float32" if request.quantization == "none" else "bfloat16"
 
 
-def _limits(request: BuildRequest, config: Mapping[str, Any]) -> EngineLimits:
+def _limits(request: BuildRequest, engine: EngineKind, config: Mapping[str, Any]) -> EngineLimits:
     text_config = config.get("text_config") or config
     positions = text_config.get("max_position_embeddings") or text_config.get("n_positions")
     max_seq_len = request.max_seq_len or min(positions or _DEFAULT_MOST_SEQ_LEN, _DEFAULT_MOST_SEQ_LEN)
@@ -187,5 +206,5 @@ def _limits(request: BuildRequest, config: Mapping[str, Any]) -> EngineLimits:
         max_batch_size=request.max_batch_size or _DEFAULT_MAX_BATCH_SIZE,
         max_input_len=max_input_len,
         max_seq_len=max_seq_len,
-        max_beam_width=_MAX_BEAM_WIDTH,
+        max_beam_width=1 if engine in GPU_ENGINES else _MAX_BEAM_WIDTH,
     )

@@ -2,11 +2,13 @@
 
     ROOT/openvino-GPT2LMHeadModel-float32-0123456789abcdef/   an engine: its files and engine.json
     ROOT/.building/KEY.HOST.PID.RANDOM/                       one that is being built, or whose builder was killed
+    ROOT/.kept/KEY/                                           what a failed or killed build of KEY need not do again
     ROOT/.locks/KEY                                           locked while KEY is being built; says by whom
 
 Finding an engine takes no lock and writes nothing, so servers may mount the store read-only. Building takes the key's
 lock: an fcntl lock, which the kernel drops however its holder ends, and which NFSv4 shares between machines. What
-lies in `.building` while nobody has its lock was left by a killed builder, and the next build removes it.
+lies in `.building` while nobody has its lock was left by a killed builder, and the next build removes it. What lies in
+`.kept` waits for the next build of the same key, for a week.
 
 What is not covered: file systems whose fcntl locks hold on one machine only (NFS mounted `nolock` or `local_lock`,
 Lustre `localflock`). Give each machine a store of its own there.
@@ -50,6 +52,7 @@ log = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 10.0  # between two lines about another builder
 POLL_SECONDS = 0.2  # a waiting build asks for the lock again; on NFS each time is one small request
+KEPT_SECONDS = 7 * 24 * 3600.0  # a build that nobody has repeated for so long is not wanted any more
 FULL_BELOW_BYTES = 1 << 20  # compilers written in C++ say "iostream error" for a full disk
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -62,6 +65,7 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().absolute()
         self._building = self.root / ".building"
+        self._kept = self.root / ".kept"
         self._locks = self.root / ".locks"
         with self._explained():
             self.root.mkdir(parents=True, exist_ok=True)
@@ -77,6 +81,10 @@ class Store:
         numbers = plan.dtype if plan.quantization == "none" else plan.quantization
         return self.root / f"{plan.engine}-{plan.architecture}-{numbers}-{self.key_of(plan)[:16]}"
 
+    def kept_folder(self, plan: EnginePlan) -> Path:
+        """Where a build of the plan may leave what outlives its failure. To be touched only while it is being built."""
+        return self._kept / self.key_of(plan)
+
     def find(self, plan: EnginePlan) -> Path | None:
         """The plan's engine, if it is there with every file in its size. Hashes nothing: see check_files for that."""
         folder = self.folder_of(plan)
@@ -86,8 +94,9 @@ class Store:
         """The plan's engine, built unless it is there. Of several builders one builds and the others wait for it.
 
         `compile` fills an empty folder and returns the manifest; the store adds `files` to it and writes it. What
-        `compile` raises comes out as it is, unless the disk is full; nothing is left then. It must not build another
-        engine in here. `force` builds although the engine is there, and replaces it when the new one is complete.
+        `compile` raises comes out as it is, unless the disk is full; nothing is left then but its kept folder. It must
+        not build another engine in here. `force` builds although the engine is there, from the beginning, and replaces
+        it when the new one is complete.
         """
         if not force and (found := self.find(plan)):
             return found
@@ -99,6 +108,8 @@ class Store:
                 log.warning("building again: %s", self._damage(folder, plan))
             with self._explained():
                 self._remove_leftovers(key)
+                if force:
+                    shutil.rmtree(self._kept / key, ignore_errors=True)
             self._build(key, folder, compile)
         return folder
 
@@ -135,6 +146,7 @@ class Store:
                 _make_durable(building)
                 write_manifest(building, replace(manifest, files=files))
                 self._publish(building, folder, key)
+            shutil.rmtree(self._kept / key, ignore_errors=True)
         finally:
             shutil.rmtree(building, ignore_errors=True)
 
@@ -151,8 +163,10 @@ class Store:
         return self._building / f"{key}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
 
     def _remove_leftovers(self, own_key: str) -> None:
-        """What killed builders left: it has no builder if its lock is free."""
-        for leftover in self._building.iterdir():
+        """What killed builders left: it has no builder if its lock is free. And what was kept too long."""
+        oldest = time.time() - KEPT_SECONDS
+        kept = [path for path in self._kept.iterdir() if _modified(path) < oldest] if self._kept.exists() else []
+        for leftover in [*self._building.iterdir(), *kept]:
             key = leftover.name.partition(".")[0]
             if key == own_key:  # its lock is ours; opening and closing the file once more would drop it
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -230,6 +244,14 @@ def _try_lock(descriptor: int) -> bool:
             return False
         raise
     return True
+
+
+def _modified(path: Path) -> float:
+    """Of a folder: when a name in it changed last. Now, if it has just gone."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return time.time()
 
 
 def _read_holder(path: Path) -> str:

@@ -26,16 +26,24 @@ class LocalServerError(Exception):
 
 
 class LocalServer:
-    """Started when made; `stop()` ends it. Its output goes to `log`. In a `with` it is ready, and ends with that."""
+    """Started when made; `stop()` ends it. Its output goes to `log`. In a `with` it is ready, and ends with that.
+
+    `python` is the interpreter of the environment to serve from; None for this one's.
+    """
 
     def __init__(
-        self, repository: Path, log: Path, options: Sequence[str] = (), environment: Mapping[str, str] | None = None
+        self,
+        repository: Path,
+        log: Path,
+        options: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        python: Path | None = None,
     ):
         self.repository, self.log = repository, log
         record = json.loads((repository / "repository.json").read_text())
-        self.name, self.infer_name = record["served_name"], record["infer_name"]
+        self.name, self.infer_name, self.engine = record["served_name"], record["infer_name"], record["engine"]
         self.http_port, self.grpc_port, self.metrics_port = free_ports(3)
-        self.command = [sys.executable, str(SERVE), str(repository)]
+        self.command = [str(python or sys.executable), str(SERVE), str(repository)]
         self.command += ["--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port)]
         self.command += ["--metrics-port", str(self.metrics_port)]
         self.command += ["--benchmark"] * (record["engine"] == "synthetic")
@@ -49,9 +57,9 @@ class LocalServer:
                 start_new_session=True,  # Ctrl-C is for whoever started it
             )
 
-    def wait_until_ready(self) -> Self:
+    def wait_until_ready(self, seconds: float = READY_SECONDS) -> Self:
         """Raises LocalServerError."""
-        deadline = time.monotonic() + READY_SECONDS
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if (code := self.process.poll()) is not None:
                 raise LocalServerError(f"the server ended with {code}; its log says:\n{self._end_of_log()}")
@@ -62,7 +70,7 @@ class LocalServer:
                 return self
             except OSError:
                 time.sleep(0.05)
-        raise LocalServerError(f"the server is not ready after {READY_SECONDS} s; its log says:\n{self._end_of_log()}")
+        raise LocalServerError(f"the server is not ready after {seconds:g} s; its log says:\n{self._end_of_log()}")
 
     def __enter__(self) -> Self:
         try:

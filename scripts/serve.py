@@ -179,7 +179,9 @@ def find_tritonserver(given: Path | None) -> Tritonserver:
             raise ServeError(f"--tritonserver {given} is not a program that can be run")
         return Tritonserver(binary=given, environment=dict(os.environ))
     if NGC_TRITONSERVER.exists():
-        return Tritonserver(binary=NGC_TRITONSERVER, environment=dict(os.environ))
+        # Its stubs take their packages from the python3 that is first on PATH: let that be this one.
+        path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
+        return Tritonserver(binary=NGC_TRITONSERVER, environment={**os.environ, "PATH": path})
     wheel = importlib.util.find_spec("pytriton")
     if wheel is None or wheel.origin is None:
         raise ServeError(

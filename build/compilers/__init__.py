@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from checkpoint import Checkpoint
@@ -20,6 +21,7 @@ class CompiledModel:
     eos_token_ids: tuple[int, ...]  # any of them ends an answer; empty if the model has none
     pad_token_id: int | None
     kv_bytes_per_token: int  # of all layers, at the precision that the server's cache has
+    gpu: tuple[str, str] | None = None  # product and compute capability that it is for; None where any will do
 
 
 class Compiler(Protocol):
@@ -29,10 +31,20 @@ class Compiler(Protocol):
         """Of the packages that decide the engine's bytes. Cheap: imports none of them."""
 
     def check_request(self, request: BuildRequest) -> None:
-        """Refuse, before anything is downloaded, what this kind can never build. Raises UsageError."""
+        """Refuse, before anything is downloaded, what this kind can never build here.
 
-    def check(self, plan: EnginePlan) -> None:
-        """Refuse an architecture that this kind cannot build. Raises UnsupportedError."""
+        Raises UsageError for options, UnsupportedError for the machine.
+        """
 
-    def compile(self, plan: EnginePlan, checkpoint: Checkpoint, folder: Path) -> CompiledModel:
-        """Write the engine and its tokenizer into the empty `folder`. Raises UnsupportedError and CompileError."""
+    def check(self, plan: EnginePlan, config: Mapping[str, Any]) -> None:
+        """Refuse a model that this kind cannot build; `config` is the content of config.json.
+
+        Raises UsageError for a layout, UnsupportedError for an architecture, a format or a GPU.
+        """
+
+    def compile(self, plan: EnginePlan, checkpoint: Checkpoint, folder: Path, kept: Path) -> CompiledModel:
+        """Write the engine and its tokenizer into the empty `folder`.
+
+        `kept` may be made, to hold what a build that fails or is killed need not do again; it is the engine's own, and
+        the store removes it when the engine is complete. Raises UnsupportedError and CompileError.
+        """

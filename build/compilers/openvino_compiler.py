@@ -116,7 +116,7 @@ def check_request(request: BuildRequest) -> None:
         )
 
 
-def check(plan: EnginePlan) -> None:
+def check(plan: EnginePlan, config: Mapping[str, Any]) -> None:
     """Raises UnsupportedError for an architecture that cannot be exported, or not be run once it is."""
     architecture = plan.architecture
     if reason := BROKEN_ARCHITECTURES.get(architecture):
@@ -132,7 +132,7 @@ def check(plan: EnginePlan) -> None:
         log.info("architecture: %s is not one of those tested here; compare it with --verify", architecture)
 
 
-def compile(plan: EnginePlan, checkpoint: Checkpoint, folder: Path) -> CompiledModel:
+def compile(plan: EnginePlan, checkpoint: Checkpoint, folder: Path, kept: Path) -> CompiledModel:
     """Write IR and tokenizer files into the empty `folder`.
 
     Raises UnsupportedError for what the checkpoint holds and cannot be built, CompileError when a library fails.

@@ -8,9 +8,11 @@ checkpoint's own, so the text is text; it has nothing to do with the prompt.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from checkpoint import Checkpoint
 from errors import UnsupportedError, UsageError
@@ -49,11 +51,11 @@ def check_request(request: BuildRequest) -> None:
             raise UsageError(f"{option} is about weights and GPUs, and a synthetic engine has none; leave it out")
 
 
-def check(plan: EnginePlan) -> None:
+def check(plan: EnginePlan, config: Mapping[str, Any]) -> None:
     """Every architecture will do: only the tokenizer is used."""
 
 
-def compile(plan: EnginePlan, checkpoint: Checkpoint, folder: Path) -> CompiledModel:
+def compile(plan: EnginePlan, checkpoint: Checkpoint, folder: Path, kept: Path) -> CompiledModel:
     """Write the tokenizer's files and synthetic.json into the empty `folder`.
 
     synthetic.json: the rates that were asked for; `token_ids`, the text that is generated over and over; `starts`, the

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import engines
 from checkpoint import Checkpoint
@@ -32,10 +33,10 @@ class FakeCompiler:
     def check_request(self, request: BuildRequest) -> None:
         openvino_compiler.check_request(request)
 
-    def check(self, plan: EnginePlan) -> None:
-        openvino_compiler.check(plan)
+    def check(self, plan: EnginePlan, config: Mapping[str, Any]) -> None:
+        openvino_compiler.check(plan, config)
 
-    def compile(self, plan: EnginePlan, checkpoint: Checkpoint, folder: Path) -> CompiledModel:
+    def compile(self, plan: EnginePlan, checkpoint: Checkpoint, folder: Path, kept: Path) -> CompiledModel:
         self.plans.append(plan)
         (folder / "openvino_model.bin").write_bytes(b"weights")
         self.during()

@@ -38,8 +38,8 @@ def build(
 def compile(checkpoint: Checkpoint, folder: Path, **request: Any) -> TinyEngine:
     folder.mkdir(parents=True)
     plan = plan_for(checkpoint, **request)
-    openvino_compiler.check(plan)
-    compiled = openvino_compiler.compile(plan, checkpoint, folder)
+    openvino_compiler.check(plan, {})
+    compiled = openvino_compiler.compile(plan, checkpoint, folder, folder.with_name("kept"))
     manifest = EngineManifest(
         key="0" * 64,
         engine="openvino",

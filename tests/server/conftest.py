@@ -1,16 +1,22 @@
-"""One real tritonserver with the demo model for the whole session; its log is shown with a test that fails."""
+"""One real tritonserver with the demo model for each engine kind; its log is shown with a test that fails.
+
+The kinds for NVIDIA GPUs run on a strict double of TensorRT-LLM (tests/fakes/tensorrt_llm), everything else is real.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import engines
 import pytest
+import trtllm_environment
 from running_server import ROOT, Server
+from trtllm_environment import TrtllmEnvironment
 
 CHECKPOINT = ROOT / "scripts/demo_checkpoint/demo-gpt2"
 PROMPTS = ROOT / "scripts/demo_checkpoint/prompts.jsonl"
@@ -25,6 +31,32 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert code == 0
     return output
+
+
+@pytest.fixture(scope="session")
+def trtllm(tmp_path_factory: pytest.TempPathFactory) -> TrtllmEnvironment:
+    """Four H100s and TensorRT-LLM 1.2.1. Its PyTorch backend has GPT-2 beside what it really has: the demo model."""
+    folder = tmp_path_factory.mktemp("trtllm")
+    return trtllm_environment.make(folder / "environment", pytorch_also=("GPT2LMHeadModel",))
+
+
+BuildOnGpus = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def build_on_gpus(trtllm: TrtllmEnvironment, tmp_path_factory: pytest.TempPathFactory) -> BuildOnGpus:
+    """Builds a repository of the demo model: an engine kind and further options of build/engines.py."""
+    store = tmp_path_factory.mktemp("store")
+
+    def build(kind: str, *options: str, environment: TrtllmEnvironment = trtllm) -> Path:
+        output = tmp_path_factory.mktemp(kind) / "demo-gpt2"
+        command = [environment.python, ROOT / "build/engines.py", "--model", CHECKPOINT, "--engine", kind]
+        command += ["--max-batch-size", "8", "--cache-dir", store, "--output", output, *options]
+        done = subprocess.run(command, env=environment.variables, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return output
+
+    return build
 
 
 BuildSynthetic = Callable[..., Path]
@@ -55,9 +87,20 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
         yield start
 
 
-@pytest.fixture(scope="session")
-def session_server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with Server(repository, tmp_path_factory.mktemp("server") / "log") as server:
+# Engine kind -> how the session's engine of it is built. Every test of `server` runs with each.
+KINDS = {"openvino": (), "tensorrt": ("--tp", "2", "--pp", "2"), "pytorch": ("--tp", "2")}
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def session_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    if request.param == "openvino":
+        server = Server(request.getfixturevalue("repository"), log)
+    else:
+        environment = request.getfixturevalue("trtllm")
+        repository = request.getfixturevalue("build_on_gpus")(request.param, *KINDS[request.param])
+        server = Server(repository, log, environment=environment.variables, python=environment.python)
+    with server:
         yield server
 
 

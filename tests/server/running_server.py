@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pytest
 import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
 from local_server import LocalServer
@@ -59,8 +60,22 @@ class ServerError(Exception):
         self.status = status
 
 
+# Engine kind -> what it refuses. test_trtllm.py and test_bad_input.py see that it does.
+CANNOT = {
+    "openvino": {"bad_words"},
+    "tensorrt": {"beam_search", "log_probs"},
+    "pytorch": {"beam_search"},
+    "synthetic": {"beam_search", "log_probs", "bad_words"},
+}
+
+
 class Server(LocalServer):
     """One running server, with short ways to ask it."""
+
+    def needs(self, capability: str) -> None:
+        """Skip the test where the engine has none of it."""
+        if capability in CANNOT[self.engine]:
+            pytest.skip(f"engines of the kind {self.engine} have no {capability}, and refuse it")
 
     def __exit__(self, *_: object) -> None:
         super().__exit__()

@@ -266,6 +266,7 @@ def test_several_sequences_stream_side_by_side(server: Server):
 
 
 def test_beams_come_best_first(server: Server):
+    server.needs("beam_search")
     result = server.infer_http(**QUESTION, beam_width=3, return_log_probs=True)
     scores = result["cum_log_probs"].ravel() / result["sequence_length"].ravel()
     assert text_of(result)[0] == ANSWER
@@ -273,6 +274,7 @@ def test_beams_come_best_first(server: Server):
 
 
 def test_log_probabilities_belong_to_the_tokens(server: Server):
+    server.needs("log_probs")
     result = server.infer_http(**QUESTION, return_log_probs=True)
     log_probs = result["output_log_probs"].ravel()
     assert log_probs.shape == (result["num_output_tokens"].item(),)

@@ -186,6 +186,14 @@ def _ids(cases: list[tuple]) -> list:
     return [pytest.param(*case[1:], id=case[0].replace(" ", "_")) for case in cases]
 
 
+def need_what_they_are_about(server: Server, values: dict, says: str = "") -> None:
+    """Skip what is about beams, or about the refusal of bad words, where the engine is another."""
+    if values.get("beam_width", 1) == 2:
+        server.needs("beam_search")
+    if "the engine 'openvino'" in says and server.engine != "openvino":
+        pytest.skip(f"engines of the kind {server.engine} have bad words")
+
+
 # ---- values that every way can carry -------------------------------------------------------------------------------
 
 ROOM = "with a prompt of 6 tokens it must be 1 to 1018, since prompt and answer together may have 1024 tokens"
@@ -218,9 +226,9 @@ VALUES: list[tuple] = [
     ("frequency_penalty inf", {"frequency_penalty": float("inf")}, "frequency_penalty is inf; it must be a finite"),
     ("length_penalty without beams", {"length_penalty": 2.0}, "is 2 and beam_width is 1; it only ranks beams"),
     ("length_penalty nan", {"length_penalty": float("nan"), "beam_width": 2}, "(len_penalty) is nan; it must be"),
-    ("beam_width 0", {"beam_width": 0}, "beam_width is 0; this engine takes 1 to 4"),
-    ("beam_width 5", {"beam_width": 5}, "beam_width is 5; this engine takes 1 to 4"),
-    ("beam_width huge", {"beam_width": 2**31 - 1}, "beam_width is 2147483647; this engine takes 1 to 4"),
+    ("beam_width 0", {"beam_width": 0}, "beam_width is 0; this engine takes 1 to"),
+    ("beam_width 5", {"beam_width": 5}, "beam_width is 5; this engine takes 1 to"),
+    ("beam_width huge", {"beam_width": 2**31 - 1}, "beam_width is 2147483647; this engine takes 1 to"),
     ("num_return_sequences 0", {"num_return_sequences": 0}, "num_return_sequences is 0; it must be 1 to 8"),
     (
         "num_return_sequences above the batch",
@@ -280,6 +288,7 @@ VALUES: list[tuple] = [
 
 @pytest.mark.parametrize(("way", "values", "says"), _by_way(VALUES, (*JSON_WAYS, *TENSOR_WAYS)))
 def test_a_bad_value_is_named_with_its_rule(server: Server, way: Callable, values: dict, says: str):
+    need_what_they_are_about(server, values, says)
     check_ours(way(server, GOOD | values), says, STATUS[way])
 
 
@@ -598,6 +607,7 @@ TOKEN_IDS: list[tuple] = [
 
 @pytest.mark.parametrize(("values", "says"), _ids(TOKEN_IDS))
 def test_bad_token_ids_are_named_with_their_rule(server: Server, values: dict, says: str):
+    need_what_they_are_about(server, values, says)
     check_ours(stream_grpc(server, GOOD_IDS | values, "tensorrt_llm"), says, None)
 
 
@@ -718,6 +728,7 @@ ODD: list[tuple] = [
 
 @pytest.mark.parametrize("values", _ids(ODD))
 def test_an_odd_value_that_means_something_works(server: Server, values: dict):
+    need_what_they_are_about(server, values)
     values = GOOD | values
     texts = text_of(server.infer_http(**values))
     assert len(texts) == values.get("num_return_sequences", values.get("beam_width", 1))

@@ -342,6 +342,7 @@ def test_nvidias_batch_answers_by_plain_infer_too(server: Server, client: Any):
 
 
 def test_nvidias_end_to_end_client_gets_all_it_may_ask_for(server: Server):
+    server.needs("log_probs")
     yes = np.array([[True]], dtype=bool)
     arrays = _end_to_end_arrays(PROMPT, streaming=False, return_log_probs=yes, return_perf_metrics=yes)
     outputs = ["text_output", "cum_log_probs", "output_log_probs", "arrival_time_ns", "first_scheduled_time_ns"]
@@ -355,6 +356,7 @@ def test_nvidias_end_to_end_client_gets_all_it_may_ask_for(server: Server):
 
 
 def test_nvidias_end_to_end_client_gets_beams(server: Server):
+    server.needs("beam_search")
     (result,) = _stream(server, "ensemble", _end_to_end_arrays(PROMPT, streaming=False, beam_width=2), ["text_output"])
     texts = [text.decode() for text in result.as_numpy("text_output")]
     assert len(texts) == 2

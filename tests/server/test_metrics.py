@@ -158,7 +158,7 @@ def test_a_request_that_is_wrong_for_the_engine_is_counted_as_invalid(fresh: Ser
     assert value(fresh, "requests_total", finish_reason="failed") == 0
 
 
-def test_the_cpu_engine_fills_them_too(server: Server):
+def test_every_engine_fills_them(server: Server):
     """The one that the session shares, whatever it has been asked so far."""
     before = {name: value(server, name) for name in ("generated_tokens_total", "compute_seconds_total")}
     assert server.generate(text_input="Count", max_tokens=50, end_id=-1)["num_output_tokens"] == 50

@@ -169,7 +169,9 @@ def test_a_container_s_tritonserver_comes_first(monkeypatch: pytest.MonkeyPatch,
     binary.write_text("")
     binary.chmod(0o755)
     monkeypatch.setattr(serve, "NGC_TRITONSERVER", binary)
-    assert serve.find_tritonserver(None).binary == binary
+    server = serve.find_tritonserver(None)
+    assert server.binary == binary
+    assert server.environment["PATH"].startswith(f"{Path(sys.executable).parent}:")  # its stubs take this Python
 
 
 def test_ctrl_c_ends_the_server_and_nothing_is_left(own_server):

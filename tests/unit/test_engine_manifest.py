@@ -13,7 +13,6 @@ from pathlib import Path
 import engine_manifest
 import pytest
 from engine_manifest import (
-    EngineManifest,
     ManifestError,
     check_files,
     check_machine,
@@ -22,36 +21,8 @@ from engine_manifest import (
     read_manifest,
     write_manifest,
 )
+from manifests import MANIFEST, PYTORCH, TENSORRT
 
-MANIFEST = EngineManifest(
-    key="ab" * 32,
-    engine="openvino",
-    model="gpt2",
-    revision="607a30d783dfa663caf39e06633721c8d4cfcd7e",
-    checkpoint_digest="cd" * 32,
-    architecture="GPT2LMHeadModel",
-    dtype="float32",
-    quantization="none",
-    kv_cache_dtype="auto",
-    tensor_parallel=1,
-    pipeline_parallel=1,
-    limits={"max_batch_size": 16, "max_input_len": 1023, "max_seq_len": 1024, "max_beam_width": 4},
-    vocab_size=50257,
-    bos_token_id=50256,
-    eos_token_ids=[50256],
-    pad_token_id=None,
-    kv_bytes_per_token=73728,
-    gpu=None,
-    versions={"openvino": "2026.4.1"},
-    created="2026-11-24T02:00:00+00:00",
-    files={},
-)
-TENSORRT = replace(
-    MANIFEST,
-    engine="tensorrt",
-    gpu={"product": "NVIDIA-A10G", "compute_capability": "8.6"},
-    versions={"tensorrt_llm": "1.2.1", "tensorrt": "10.14.1.48"},
-)
 A10G, H100 = ("NVIDIA-A10G", "8.6"), ("NVIDIA-H100-80GB-HBM3", "9.0")
 
 
@@ -351,6 +322,11 @@ def test_too_few_gpus_are_refused():
     )
 
 
-@pytest.mark.parametrize("gpu", [None, A10G, H100])
+@pytest.mark.parametrize("gpu", [A10G, H100])
 def test_pytorch_runs_on_any_gpu_and_version(gpu):
-    check_machine(replace(MANIFEST, engine="pytorch"), gpu=gpu, versions={}, world_size=8)
+    check_machine(PYTORCH, gpu=gpu, versions={}, world_size=8)
+
+
+def test_pytorch_does_not_run_without_a_gpu():
+    message = sentence(check_machine, PYTORCH, gpu=None, versions={}, world_size=0)
+    assert "runs on 1 NVIDIA GPUs; this machine has none that nvidia-smi names; start the container with its" in message

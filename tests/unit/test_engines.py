@@ -159,7 +159,7 @@ def test_what_was_decided_is_said(cli: Cli, compiler: FakeCompiler):
 
 
 def test_a_gpu_decides_for_tensorrt(cli: Cli, monkeypatch: pytest.MonkeyPatch):
-    gpu = Gpu(product="NVIDIA-L4", compute_capability="8.9", memory_mib=23034)
+    gpu = Gpu(index=0, product="NVIDIA-L4", compute_capability="8.9", memory_mib=23034)
     monkeypatch.setattr(engines, "find_gpus", lambda: [gpu])
     assert "engine: tensorrt (auto: this machine has NVIDIA-L4)\n" in cli("--plan").err
 
@@ -279,8 +279,22 @@ def test_the_end_says_how_to_serve_it(cli: Cli, compiler: FakeCompiler):
         (["--model", "a b"], 3, "'a b' is neither a folder here nor a Hugging Face id"),
         (["--model", ""], 3, "'' is neither a folder here nor a Hugging Face id"),
         (["--model", "x/y", "--offline"], 3, "'x/y' at 'main' is not in the cache .*; run once without --offline"),
-        (["--engine", "tensorrt"], 4, "--engine tensorrt is not built by this version yet; build .* --engine openvino"),
-        (["--engine", "pytorch"], 4, "--engine pytorch is not built by this version yet; build .* --engine openvino"),
+        (
+            ["--engine", "tensorrt"],
+            4,
+            "--engine tensorrt needs TensorRT-LLM, which is not installed here; build inside",
+        ),
+        (["--engine", "tensorrt", "--verify"], 2, "--verify runs CPU engines only, .*; leave it out, .*gpu_smoke.py"),
+        (["--engine", "pytorch", "--verify"], 2, "--verify runs CPU engines only, .*; leave it out, .*gpu_smoke.py"),
+        (["--engine", "pytorch", "--quantization", "fp8"], 2, "--quantization fp8 is made by the TensorRT builder"),
+        (["--llm-args", "{}}"], 2, "argument --llm-args: the value is not JSON .*; write for instance"),
+        (
+            ["--llm-args", '{"stream_interval": 2}'],
+            2,
+            "--llm-args is for TensorRT-LLM's engines, and this .* openvino;",
+        ),
+        (["--engine", "pytorch", "--llm-args", '{"x": 2}'], 2, "--llm-args: x is no argument known here; known are"),
+        (["--calibration-data", "none"], 2, "--calibration-data none is for TensorRT engines with .*; leave it out"),
         (["--output", "taken"], 6, "--output .*/taken exists and is not a repository of this program; give another"),
         (
             ["--cache-dir", "file"],
@@ -447,15 +461,10 @@ def test_a_plan_for_gpus_needs_neither_gpus_nor_weights(
     assert {gpu["product"] for gpu in sizing["gpus"]} >= {"Tesla-T4", "NVIDIA-A10G", "NVIDIA-H100-80GB-HBM3"}
 
 
-@pytest.mark.parametrize("engine", ["tensorrt", "pytorch"])
-def test_a_build_for_gpus_says_that_there_is_none_yet(cli: Cli, only_config: Callable[..., Path], engine: str):
-    assert "is not built by this version yet" in cli("--engine", engine, model=only_config()).sentence
-
-
 def test_a_gpu_that_is_named_is_planned_for(cli: Cli, only_config: Callable[..., Path]):
     ended = cli("--plan", "--gpu", "NVIDIA-A10G", model=only_config())
     assert "engine: tensorrt (auto: planned for NVIDIA-A10G)\n" in ended.err
-    assert "--tp 1 --pp 1 fits on NVIDIA-A10G, with room for 8 sequences of 4096 tokens; all 16" in ended.out
+    assert "--tp 1 --pp 1 fits on NVIDIA-A10G, with room for 9 sequences of 4096 tokens; all 16" in ended.out
     assert [line.split()[0] for line in ended.out.splitlines() if line.startswith("NVIDIA-")] == ["NVIDIA-A10G"]
     assert "in the store" not in ended.out
 
@@ -463,7 +472,7 @@ def test_a_gpu_that_is_named_is_planned_for(cli: Cli, only_config: Callable[...,
 def test_the_gpu_of_this_machine_comes_first_with_its_own_memory(
     cli: Cli, only_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ):
-    gpu = Gpu(product="NVIDIA-L4", compute_capability="8.9", memory_mib=20000)
+    gpu = Gpu(index=0, product="NVIDIA-L4", compute_capability="8.9", memory_mib=20000)
     monkeypatch.setattr(engines, "find_gpus", lambda: [gpu])
     sizing = cli("--plan", "--json", model=only_config()).document["sizing"]
     assert (sizing["detailed"], sizing["gpus"][0]["product"]) == ("NVIDIA-L4", "NVIDIA-L4")

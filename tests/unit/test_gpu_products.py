@@ -114,7 +114,7 @@ def test_a_product_that_is_not_known_is_one_sentence(name: str, sentence: str):
 
 
 def test_the_gpu_of_this_machine_has_the_memory_its_driver_reports():
-    here = Gpu(product="NVIDIA-RTX-A6000", compute_capability="8.6", memory_mib=49140)
+    here = Gpu(index=0, product="NVIDIA-RTX-A6000", compute_capability="8.6", memory_mib=49140)
     assert product_of([here]) == GpuProduct(product="NVIDIA-RTX-A6000", compute_capability="8.6", memory_mib=49140)
     assert product_of([]) is None
-    assert product_of([Gpu(product="NVIDIA-GB10", compute_capability="12.1", memory_mib=None)]) is None
+    assert product_of([Gpu(index=0, product="NVIDIA-GB10", compute_capability="12.1", memory_mib=None)]) is None

@@ -341,13 +341,13 @@ def test_every_dtype_goes_with_every_quantization(dtype, quantization):
 def test_architectures_that_cannot_run_are_refused(architecture: str, sentence: str, make_checkpoint):
     plan = replace(tiny_engines.plan_for(make_checkpoint("gpt2")), architecture=architecture)
     with pytest.raises(UnsupportedError, match=re.escape(sentence)):
-        openvino_compiler.check(plan)
+        openvino_compiler.check(plan, {})
 
 
 def test_untested_architecture_is_named(make_checkpoint, caplog: pytest.LogCaptureFixture):
     plan = replace(tiny_engines.plan_for(make_checkpoint("gpt2")), architecture="OlmoForCausalLM")
     with caplog.at_level(logging.INFO, "compilers"):
-        openvino_compiler.check(plan)
+        openvino_compiler.check(plan, {})
     assert "OlmoForCausalLM is not one of those tested here; compare it with --verify" in caplog.text
 
 
@@ -370,7 +370,7 @@ def test_configs_that_cannot_be_built_are_refused(changes: dict, sentence: str, 
     plan = tiny_engines.plan_for(checkpoint)
     _change_config(checkpoint, **changes)
     with pytest.raises(UnsupportedError, match=re.escape(sentence)):
-        openvino_compiler.compile(plan, checkpoint, _empty(tmp_path))
+        openvino_compiler.compile(plan, checkpoint, _empty(tmp_path), tmp_path / "kept")
 
 
 def test_longrope_within_its_first_length_says_what_transformers_says(build: Build):
@@ -388,7 +388,7 @@ def test_missing_weights_are_not_filled_with_random_numbers(make_checkpoint, tmp
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, checkpoint.path / "model.safetensors", {"format": "pt"})
     with pytest.raises(CompileError, match=r"lacks 1 of the weights .* 'model\.layers\.1\.mlp\.up_proj\.weight'"):
-        openvino_compiler.compile(tiny_engines.plan_for(checkpoint), checkpoint, _empty(tmp_path))
+        openvino_compiler.compile(tiny_engines.plan_for(checkpoint), checkpoint, _empty(tmp_path), tmp_path / "kept")
 
 
 def test_weights_of_another_shape_are_one_sentence(make_checkpoint, tmp_path: Path):
@@ -397,7 +397,7 @@ def test_weights_of_another_shape_are_one_sentence(make_checkpoint, tmp_path: Pa
     _change_config(checkpoint, vocab_size=700)
     folder = _empty(tmp_path)
     with pytest.raises(CompileError, match="cannot be compiled for OpenVINO") as caught:
-        openvino_compiler.compile(plan, checkpoint, folder)
+        openvino_compiler.compile(plan, checkpoint, folder, tmp_path / "kept")
     assert caught.value.__cause__ is not None
     assert "\n" not in str(caught.value)
     assert not list(folder.glob(".*"))  # no leftovers
@@ -414,7 +414,7 @@ def test_tokenizer_that_cannot_be_loaded_is_one_sentence(spoil, sentence: str, m
     checkpoint = make_checkpoint("llama")
     spoil(checkpoint.path)
     with pytest.raises((CheckpointError, UnsupportedError), match=sentence) as caught:
-        openvino_compiler.compile(tiny_engines.plan_for(checkpoint), checkpoint, _empty(tmp_path))
+        openvino_compiler.compile(tiny_engines.plan_for(checkpoint), checkpoint, _empty(tmp_path), tmp_path / "kept")
     assert "\n" not in str(caught.value)
 
 
@@ -423,7 +423,7 @@ def test_tokenizer_that_exists_only_in_python_is_refused(make_checkpoint, tmp_pa
     (checkpoint.path / "tokenizer.json").unlink()
     (checkpoint.path / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
     with pytest.raises(UnsupportedError, match="ByT5Tokenizer, exists only as Python code"):
-        openvino_compiler.compile(tiny_engines.plan_for(checkpoint), checkpoint, _empty(tmp_path))
+        openvino_compiler.compile(tiny_engines.plan_for(checkpoint), checkpoint, _empty(tmp_path), tmp_path / "kept")
 
 
 def _change_config(checkpoint: Checkpoint, **changes) -> None:
@@ -468,7 +468,7 @@ def test_failed_compilation_leaves_logging_as_it_was(make_checkpoint, tmp_path: 
     checkpoint = make_checkpoint("llama")
     (checkpoint.path / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(CompileError):
-        openvino_compiler.compile(tiny_engines.plan_for(checkpoint), checkpoint, _empty(tmp_path))
+        openvino_compiler.compile(tiny_engines.plan_for(checkpoint), checkpoint, _empty(tmp_path), tmp_path / "kept")
     assert logging.root.manager.disable == logging.NOTSET
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -174,6 +176,71 @@ def test_the_engine_kind_has_a_reason(choice: Any, products: list[str], engine: 
     assert choose_engine(choice, products) == (engine, reason)
 
 
-def test_everything_but_the_models_name_decides_the_key(tmp_path: Path):
+def test_everything_but_names_of_what_has_a_digest_decides_the_key(tmp_path: Path):
     named = {field.name for field in fields(EnginePlan)}
-    assert set(plan_of(tmp_path).key_fields()) == named - {"model"}
+    assert set(plan_of(tmp_path).key_fields()) == named - {"model", "calibration_data"}
+
+
+@pytest.mark.parametrize(("engine", "most"), [("tensorrt", 1), ("pytorch", 1), ("openvino", 4), ("synthetic", 4)])
+def test_engines_on_gpus_have_no_beams(tmp_path: Path, engine: Any, most: int):
+    assert make_plan(REQUEST, checkpoint(tmp_path), engine, VERSIONS).limits.max_beam_width == most
+
+
+def texts(folder: Path, content: str = "{}") -> Path:
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(content)
+    return folder
+
+
+CALIBRATED = [{"quantization": name} for name in ("fp8", "int4_awq", "int8_sq")]
+CALIBRATED += [{"kv_cache_dtype": "fp8"}, {"kv_cache_dtype": "int8", "quantization": "int8"}]
+
+
+@pytest.mark.parametrize("formats", CALIBRATED)
+def test_formats_with_scales_are_calibrated(tmp_path: Path, formats: dict[str, Any]):
+    plan = make_plan(replace(REQUEST, **formats), checkpoint(tmp_path), "tensorrt", VERSIONS)
+    assert (plan.calibration, plan.calibration_data) == ("cnn_dailymail", None)
+
+
+@pytest.mark.parametrize("formats", [{}, {"quantization": "int8"}, {"quantization": "int4"}])
+def test_other_formats_are_not(tmp_path: Path, formats: dict[str, Any]):
+    request = replace(REQUEST, **formats)
+    assert make_plan(request, checkpoint(tmp_path), "tensorrt", VERSIONS).calibration is None
+    request = replace(request, calibration_data=texts(tmp_path / "texts"))
+    with pytest.raises(UsageError, match=r"--calibration-data .* is for TensorRT engines with .*; leave it out"):
+        make_plan(request, checkpoint(tmp_path), "tensorrt", VERSIONS)
+
+
+def test_texts_count_by_what_they_hold(tmp_path: Path):
+    def calibration(data: Path) -> str | None:
+        request = replace(REQUEST, quantization="fp8", calibration_data=data)
+        plan = make_plan(request, checkpoint(tmp_path), "tensorrt", VERSIONS)
+        assert plan.calibration_data == str(data)
+        return plan.calibration
+
+    one, same, other = (
+        calibration(texts(tmp_path / name, content)) for name, content in (("a", "1"), ("b", "1"), ("c", "2"))
+    )
+    assert one == same != other
+    assert one is not None and re.fullmatch("sha256:[0-9a-f]{64}", one)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda path: None, r"--calibration-data .*/texts is no folder; give one that holds a data set"),
+        (lambda path: path.write_text(""), r"--calibration-data .*/texts is no folder; give one that holds a data set"),
+        (lambda path: path.mkdir(), r"--calibration-data .*/texts is empty; give a folder that holds a data set"),
+    ],
+)
+def test_texts_that_are_not_there_are_refused(tmp_path: Path, make: Callable[[Path], Any], sentence: str):
+    make(tmp_path / "texts")
+    request = replace(REQUEST, quantization="fp8", calibration_data=tmp_path / "texts")
+    with pytest.raises(UsageError, match=sentence):
+        make_plan(request, checkpoint(tmp_path), "tensorrt", VERSIONS)
+
+
+def test_arguments_of_the_library_decide_the_key(tmp_path: Path):
+    arguments = {"kv_cache_config": {"max_tokens": 100}}
+    plan = make_plan(replace(REQUEST, llm_arguments=arguments), checkpoint(tmp_path), "pytorch", VERSIONS)
+    assert plan.key_fields()["llm_arguments"] == arguments

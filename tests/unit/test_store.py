@@ -530,6 +530,81 @@ def test_what_network_file_systems_leave_does_not_matter(store, stored):
     store.build_once(OTHER_PLAN, compile_other)
 
 
+# ---- what a build leaves for the next one ----------------------------------------------------------------------------
+
+
+def fail_with_a_rank_done(store: Store, plan: EnginePlan = PLAN) -> Path:
+    """A build that fails after it has put something into its kept folder."""
+    kept = store.kept_folder(plan)
+
+    def fail(folder: Path) -> EngineManifest:
+        (kept / "rank0").mkdir(parents=True)
+        (kept / "rank0/rank0.engine").write_bytes(b"plan")
+        raise CompileError("rank 1 failed")
+
+    with pytest.raises(CompileError):
+        store.build_once(plan, fail)
+    return kept
+
+
+def make_old(folder: Path) -> None:
+    long_ago = time.time() - store_module.KEPT_SECONDS - 60
+    os.utime(folder, (long_ago, long_ago))
+
+
+def test_what_a_failed_build_has_finished_is_there_for_the_next(store):
+    kept = fail_with_a_rank_done(store)
+    assert half_built(store) == []
+
+    def finish(folder: Path) -> EngineManifest:
+        assert (kept / "rank0/rank0.engine").read_bytes() == b"plan"
+        return compile_small(folder)
+
+    store.build_once(PLAN, finish)
+    assert not kept.exists()  # the engine has it now
+
+
+def test_what_one_engine_has_kept_is_not_anothers(store):
+    assert store.kept_folder(PLAN) != store.kept_folder(OTHER_PLAN)
+    kept = fail_with_a_rank_done(store)
+    store.build_once(OTHER_PLAN, compile_other)
+    assert (kept / "rank0/rank0.engine").exists()
+
+
+def test_a_forced_build_begins_anew(store):
+    kept = fail_with_a_rank_done(store)
+
+    def compile_looking(folder: Path) -> EngineManifest:
+        assert not kept.exists()
+        return compile_small(folder)
+
+    store.build_once(PLAN, compile_looking, force=True)
+
+
+def test_what_was_kept_for_a_week_goes_at_the_next_build(store):
+    kept = fail_with_a_rank_done(store)
+    make_old(kept)
+    store.build_once(OTHER_PLAN, compile_other)
+    assert not kept.exists()
+
+
+def test_what_is_being_built_is_kept_however_old_it_is(store):
+    kept = fail_with_a_rank_done(store)
+    make_old(kept)
+    gate = FORK.Event()
+    builder = Builder(store, gate=gate, patch=lambda: setattr(store_module, "KEPT_SECONDS", 1e12))
+    assert builder.tells() == "compiling"  # it has the lock now, and with its own patience left the folder alone
+    store.build_once(OTHER_PLAN, compile_other)
+    assert kept.exists()
+    gate.set()
+    assert builder.ends() == 0
+
+
+def test_a_stored_engine_is_found_without_a_look_at_what_is_kept(store, stored):
+    assert not (store.root / ".kept").exists()
+    assert store.find(PLAN) == stored
+
+
 # ---- damaged engines
 
 DAMAGES: dict[str, Callable[[Path], object]] = {

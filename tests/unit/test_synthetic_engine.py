@@ -34,7 +34,7 @@ def plan_for(**request: Any) -> EnginePlan:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("synthetic")
-    synthetic_compiler.compile(plan_for(), resolve(str(DEMO)), folder)
+    synthetic_compiler.compile(plan_for(), resolve(str(DEMO)), folder, folder / "kept")
     return folder
 
 
@@ -236,7 +236,7 @@ def test_the_length_of_an_answer_is_not_bounded_by_a_model_that_is_not_there():
 
 def test_the_engine_knows_the_rates_it_was_built_with(tmp_path: Path):
     rates = SyntheticRates(tokens_per_second=7.0, prefill_seconds=0.25, kv_tokens=640)
-    compiled = synthetic_compiler.compile(plan_for(synthetic=rates), resolve(str(DEMO)), tmp_path)
+    compiled = synthetic_compiler.compile(plan_for(synthetic=rates), resolve(str(DEMO)), tmp_path, tmp_path / "kept")
     content = json.loads((tmp_path / "synthetic.json").read_text())
     assert {name: content[name] for name in asdict(rates)} == asdict(rates)
     assert max(content["token_ids"]) < compiled.vocab_size

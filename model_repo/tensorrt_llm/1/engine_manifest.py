@@ -254,6 +254,11 @@ def check_machine(
         _check_tensorrt(manifest, gpu, versions)
     if manifest.engine == "openvino":
         _check_openvino(manifest, versions)
+    if manifest.engine == "pytorch" and gpu is None:
+        raise ManifestError(
+            f"the engine runs on {manifest.world_size} NVIDIA GPUs; this machine has none that nvidia-smi names; "
+            "start the container with its GPUs, or rebuild with --engine openvino"
+        )
     if world_size < manifest.world_size:
         raise ManifestError(
             f"the engine was built for {manifest.world_size} GPUs "

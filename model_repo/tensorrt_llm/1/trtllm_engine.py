@@ -38,10 +38,13 @@ _log = logging.getLogger(__name__)
 
 _LOAD_SECONDS = 3600.0  # the largest models from a slow disk; ranks that wait for each other would wait for ever
 _LOAD_NEWS_SECONDS = 60.0
-_ABORT_SECONDS = 5.0  # for requests to end when the engine is shut down
+_ABORT_SECONDS = 5.0  # for a request that is aborted to have its last response
 _STOP_SECONDS = 20.0  # for the library's own shutdown; then its processes are killed
-_STATS_SECONDS = 2.0  # that the library may wait for the statistics of its next step
-_STATS_PAUSE_SECONDS = 0.2  # after it had none: it has none before the next request begins
+_STATS_SECONDS = 10.0  # to wait for those of the next step; a long prompt may take seconds
+_STATS_PAUSE_SECONDS = 0.2  # after there were none: there are none before the next request begins
+_FIRST_STATS_SECONDS = 2.0
+_WATCH_SECONDS = 0.5
+_SILENCE_SECONDS = 1.0  # after which a process that has died is why
 _WARM_UP_TOKENS = 2
 
 
@@ -52,6 +55,7 @@ class _Running:
     request: GenerationRequest
     deliver: Deliver | None
     handle: Any = None  # the library's RequestOutput
+    task: asyncio.Task | None = None  # that follows it
 
 
 class TensorRtLlmEngine:
@@ -69,7 +73,7 @@ class TensorRtLlmEngine:
         self._error: EngineError | None = None
         # Owned by the loop's thread.
         self._running: set[_Running] = set()  # what the library works on, whether somebody waits for it or not
-        self._tasks: set[asyncio.Task] = set()
+        self._last_news = 0.0  # from the library, monotonic seconds
         self._llm: Any = None
         self._stats = EngineStats(
             num_active_requests=0,
@@ -82,6 +86,7 @@ class TensorRtLlmEngine:
         self._loop = asyncio.new_event_loop()
         self._is_over = asyncio.Event()
         self._is_loaded = threading.Event()
+        self._is_ending = threading.Event()
         self._load_error: EngineError | None = None
         self._thread = threading.Thread(target=self._run, args=(plan, _any_token(manifest)), name="engine", daemon=True)
         self._thread.start()
@@ -188,24 +193,27 @@ class TensorRtLlmEngine:
             )
             return
         self._is_loaded.set()
+        watch = threading.Thread(target=self._watch_processes, name="engine-watch", daemon=True)
+        watch.start()
         statistics = asyncio.create_task(self._follow_statistics())
         await self._is_over.wait()
+        self._is_ending.set()
         statistics.cancel()
+        tasks = [running.task for running in self._running]
         for running in list(self._running):
             self._abort(running)
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=_ABORT_SECONDS)
-        for task in list(self._tasks):
-            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=_ABORT_SECONDS)
 
     async def _warm_up(self, token_id: int) -> None:
         """An engine that cannot answer is found out now, and the first statistics are there before the first client."""
         request = GenerationRequest(key=0, prompt_ids=[token_id], max_tokens=_WARM_UP_TOKENS, sampling=Sampling())
+        num_tokens = 0
         async for output in self._generate(request, sampling_arguments(request)):
             num_tokens = len(output.outputs[0].token_ids)
         if num_tokens != _WARM_UP_TOKENS:
             raise EngineError(f"the engine answers a request for {_WARM_UP_TOKENS} tokens with {num_tokens}")
-        async for statistics in self._llm.get_stats_async(timeout=_STATS_SECONDS):
+        async for statistics in self._llm.get_stats_async(timeout=_FIRST_STATS_SECONDS):
             self._take_statistics(statistics)
             break
 
@@ -227,10 +235,10 @@ class TensorRtLlmEngine:
         except Exception as error:  # the library is shutting down, or a process of it has died
             self._break_down(error)
             return
+        if not self._running:
+            self._last_news = time.monotonic()
         self._running.add(running)
-        task = self._loop.create_task(self._follow(running))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        running.task = self._loop.create_task(self._follow(running))
 
     async def _follow(self, running: _Running) -> None:
         """To the end, also when nobody waits for it: the library frees what a request holds with its last response."""
@@ -238,6 +246,7 @@ class TensorRtLlmEngine:
         is_over = False
         try:
             async for output in running.handle:
+                self._last_news = time.monotonic()
                 is_over = bool(output.finished)
                 if running.deliver is None:
                     continue
@@ -265,11 +274,26 @@ class TensorRtLlmEngine:
             running.handle.abort()  # asks for it; the request's last response comes later
         except Exception:  # the library has shut itself down
             _log.debug("a request cannot be aborted", exc_info=True)
+        # The PyTorch backend of 1.2 never sends one for a request that still waits in its queue.
+        self._loop.call_later(_ABORT_SECONDS, running.task.cancel)
 
     def _break_down(self, error: Exception) -> None:
         """Whatever request meets it first: the library is lost, and tells none of the others."""
         _log.error("TensorRT-LLM failed", exc_info=error)
         self._fail_all(EngineError(_sentence("failed and must be restarted", error)))
+
+    def _watch_processes(self) -> None:
+        """A rank that dies is told to nobody who waits: the library looks when its next response comes, or request.
+
+        In a thread of its own, since the library may block the loop while it shuts down after an error.
+        """
+        ranks = _python_children()
+        while not self._is_ending.wait(_WATCH_SECONDS):
+            dead = [process.pid for process in ranks if not _is_alive(process)]
+            # Not for a process that was there by chance, and ends while answers go on.
+            if dead and self._running and time.monotonic() - self._last_news > _SILENCE_SECONDS:
+                self._break_down(RuntimeError(f"its process {dead[0]} has died"))
+                return
 
     # ---- statistics --------------------------------------------------------------------------------------------
 
@@ -307,8 +331,25 @@ def _any_token(manifest: EngineManifest) -> int:
 
 
 def _sentence(what: str, error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"TensorRT-LLM {what}: {type(error).__name__}: {' '.join(lines)[:400]}"
+    """With the errors that led to it: "Executor worker returned error" says nothing, and its cause does."""
+    reasons = []
+    cause: BaseException | None = error
+    while cause is not None and len(reasons) < 3:
+        reasons.append(f"{type(cause).__name__}: {' '.join(str(cause).split())[:400]}")
+        cause = cause.__cause__
+    return f"TensorRT-LLM {what}: {', because of '.join(reasons)}"
+
+
+def _python_children() -> list[psutil.Process]:
+    """The ranks' processes among others; compilers that the library may have started are not meant."""
+    return [process for process in psutil.Process().children(recursive=True) if process.name().startswith("python")]
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _kill_children() -> None:

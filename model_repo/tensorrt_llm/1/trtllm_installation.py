@@ -7,6 +7,7 @@ builder and the server both ask: `build/trtllm_installation.py` is a link to thi
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ _TENSORRT_PACKAGES = (
     "tensorrt_cu12_bindings",
 )
 _IMPORT_SECONDS = 60
+_REGISTERED = re.compile(r"""^@register_auto_model\(\s*["'](\w+)["']""", re.MULTILINE)
 
 
 def versions() -> dict[str, str]:
@@ -35,6 +37,20 @@ def has_engine_backend() -> bool:
     package = importlib.util.find_spec("tensorrt_llm")
     folders = package.submodule_search_locations if package is not None else None
     return any((Path(folder) / "_tensorrt_engine").exists() for folder in folders or ())
+
+
+def pytorch_architectures() -> frozenset[str] | None:
+    """What this TensorRT-LLM registers for its PyTorch backend; None where that cannot be read.
+
+    A model that a user's own code registers is not among them.
+    """
+    package = importlib.util.find_spec("tensorrt_llm")
+    folders = package.submodule_search_locations if package is not None else None
+    found: set[str] = set()
+    for folder in folders or ():
+        for path in Path(folder, "_torch/models").glob("*.py"):
+            found.update(_REGISTERED.findall(path.read_text(encoding="utf-8", errors="replace")))
+    return frozenset(found) or None
 
 
 def _version(package: str) -> str | None:

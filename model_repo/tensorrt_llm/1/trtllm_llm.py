@@ -22,25 +22,15 @@ from typing import Any
 
 from engine_manifest import EngineManifest, ManifestError
 from generation import Capability, EngineError
-from gpus import Gpu
-from trtllm_installation import has_engine_backend, versions
+from gpus import Gpu, pin_environment
+from library_environment import library_environment
+from trtllm_installation import has_engine_backend, pytorch_architectures, versions
 
 LLM_ARGUMENTS_NAME = "llm_args.json"  # the user's own arguments, which the build has checked
 
-# A tritonserver that was started by mpirun or srun hands its rank to every model, and TensorRT-LLM would take it for
-# its own. Configuration (OMPI_MCA_*, PMIX_MCA_*) stays. The list is that of NVIDIA's own llmapi model.
-_MPI_VARIABLES = frozenset(
-    [f"OMPI_COMM_WORLD_{name}" for name in ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK", "NODE_RANK")]
-    + ["OMPI_UNIVERSE_SIZE", "OMPI_FIRST_RANKS", "OMPI_APP_CTX_NUM_PROCS"]
-    + [f"PMIX_{name}" for name in ("RANK", "NAMESPACE", "SERVER_URI", "SERVER_URI2", "SERVER_URI21", "SERVER_URI3")]
-    + [f"PMIX_{name}" for name in ("SERVER_TMPDIR", "SYSTEM_TMPDIR", "SECURITY_MODE", "GDS_MODULE", "BFROPS_MODULE")]
-    + [f"PMIX_{name}" for name in ("PTL_MODULE", "VERSION", "HOSTNAME")]
-    + [f"PMI_{name}" for name in ("RANK", "SIZE", "FD", "SPAWNED", "APPNUM")]
-)
-_MPI_PREFIXES = ("OMPI_MCA_orte_", "ORTE_")
-
 # Arguments that are objects of the library: a misspelled name in a dict of ours must not vanish.
 _ARGUMENT_CLASSES = {
+    "build_config": "BuildConfig",
     "kv_cache_config": "KvCacheConfig",
     "scheduler_config": "SchedulerConfig",
     "cuda_graph_config": "CudaGraphConfig",
@@ -81,6 +71,7 @@ def plan_llm(folder: Path, manifest: EngineManifest, gpus: Sequence[Gpu]) -> Llm
         arguments |= _check_engine_config(folder, manifest)
         capabilities: set[Capability] = {"bad_words", "min_tokens", "no_end_id", "penalties", "seed"}
     else:
+        _check_architecture(manifest)
         sampler = users.get("sampler_type", _best_sampler())
         arguments |= {
             "dtype": manifest.dtype,
@@ -137,8 +128,7 @@ def import_library(plan: LlmPlan) -> Library:
     """
     if "tensorrt_llm" in sys.modules:
         raise EngineError("this process has run TensorRT-LLM before, which can be started once per process; restart it")
-    _forget_mpi()
-    _show_only(plan.gpus)
+    _set_up_environment(plan.gpus)
     try:
         if plan.engine == "tensorrt":
             from tensorrt_llm._tensorrt_engine import LLM
@@ -185,6 +175,8 @@ def _check_engine_config(folder: Path, manifest: EngineManifest) -> dict[str, An
             )
     return limits | {
         "max_num_tokens": max_num_tokens,
+        # Limits are cut to those of this one before the engine's own takes its place; by default to 8192 tokens.
+        "build_config": limits | {"max_num_tokens": max_num_tokens},
         "enable_chunked_prefill": has_paged_context,
         # Reuse of KV blocks needs it as well.
         "kv_cache_config": {"enable_block_reuse": has_paged_context},
@@ -226,6 +218,15 @@ def check_installation(manifest: EngineManifest) -> None:
         )
 
 
+def _check_architecture(manifest: EngineManifest) -> None:
+    known = pytorch_architectures()
+    if known is not None and manifest.architecture not in known:
+        raise ManifestError(
+            f"the engine is a {manifest.architecture}, which the PyTorch backend of TensorRT-LLM "
+            f"{versions().get('tensorrt_llm')} here does not have; serve it in a container with a release that has it"
+        )
+
+
 def _best_sampler() -> str:
     """The sampler that does what a request asks for.
 
@@ -242,15 +243,11 @@ def _library_version() -> tuple[int, int]:
 # ---- the process -----------------------------------------------------------------------------------------------------
 
 
-def _forget_mpi() -> None:
-    for name in list(os.environ):
-        if name in _MPI_VARIABLES or name.startswith(_MPI_PREFIXES):
-            del os.environ[name]
-
-
-def _show_only(gpus: Sequence[Gpu]) -> None:
-    """Numbers, in the order of the PCI bus as nvidia-smi counts: parts of TensorRT-LLM cannot read GPU UUIDs."""
-    devices = ",".join(str(gpu.index) for gpu in gpus)
-    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-    os.environ["CUDA_VISIBLE_DEVICES"] = devices
-    os.environ["TRTLLM_VISIBLE_DEVICES"] = devices  # what the processes of the ranks make CUDA_VISIBLE_DEVICES of
+def _set_up_environment(gpus: Sequence[Gpu]) -> None:
+    """Devices by numbers: parts of TensorRT-LLM cannot read GPU UUIDs."""
+    visible = pin_environment(gpus)
+    # What later releases make CUDA_VISIBLE_DEVICES of in the processes of the ranks.
+    wanted = library_environment(os.environ) | visible | {"TRTLLM_VISIBLE_DEVICES": visible["CUDA_VISIBLE_DEVICES"]}
+    for name in os.environ.keys() - wanted.keys():
+        del os.environ[name]
+    os.environ.update(wanted)

@@ -1,0 +1,1 @@
+../model_repo/tensorrt_llm/1/library_environment.py

@@ -1,0 +1,3 @@
+from .._double.records import LoRARequest
+
+__all__ = ["LoRARequest"]

@@ -1,0 +1,2 @@
+class RequestError(RuntimeError):
+    """An error of one request."""

@@ -1,0 +1,3 @@
+from .._double.records import KVCacheType
+
+__all__ = ["KVCacheType"]

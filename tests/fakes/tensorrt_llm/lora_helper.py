@@ -1,0 +1,3 @@
+from ._double.records import LoraConfig
+
+__all__ = ["LoraConfig"]

@@ -1,0 +1,3 @@
+from ._double.records import GuidedDecodingParams, SamplingParams
+
+__all__ = ["GuidedDecodingParams", "SamplingParams"]
