@@ -9,7 +9,7 @@ import tarfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,20 @@ class SavedImage:
                     for entry in files:
                         if entry.isfile() and not Path(entry.name).name.startswith(".wh."):  # marks of what is removed
                             yield entry.name, partial(_read, files, entry)
+
+    @cached_property
+    def paths(self) -> list[str]:
+        return [path for path, _ in self._looked_at]
+
+    @cached_property
+    def outside_packages(self) -> dict[str, bytes]:
+        """The files that are not of a Python package, with what is in them."""
+        return {path: content for path, content in self._looked_at if content is not None}
+
+    @cached_property
+    def _looked_at(self) -> list[tuple[str, bytes | None]]:
+        """In one go, since going through 2 GB takes 20 s."""
+        return [(path, None if "/site-packages/" in path else read()) for path, read in self.files()]
 
 
 def _read(archive: tarfile.TarFile, entry: tarfile.TarInfo | str) -> bytes:
