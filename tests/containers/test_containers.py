@@ -131,7 +131,7 @@ def test_the_image_for_gpus_keeps_what_its_base_image_has_and_adds_what_it_lacks
 def test_another_tensorrt_llm_than_the_expected_one_is_refused(image):
     image("server")
     with pytest.raises(AssertionError, match=r"the base image has TensorRT-LLM 1\.2\.1, not 9\.9; use another BASE"):
-        make_image("server", ROOT, "--build-arg TENSORRT_LLM=9.9", tag="refused")
+        make_image("server", ROOT, "--force-rm --build-arg TENSORRT_LLM=9.9", tag="refused")
 
 
 def test_packages_that_would_replace_the_base_image_s_are_refused(image, tmp_path: Path):
@@ -145,6 +145,6 @@ def test_packages_that_would_replace_the_base_image_s_are_refused(image, tmp_pat
     docker("build", "--network", "host", "--tag", "triton-trtllm/nvidia-base:older", "--file", str(file), str(tmp_path))
     try:
         with pytest.raises(AssertionError, match="would replace tokenizers of the base image; use the base image"):
-            make_image("server", ROOT, "--build-arg BASE=triton-trtllm/nvidia-base:older", tag="refused")
+            make_image("server", ROOT, "--force-rm --build-arg BASE=triton-trtllm/nvidia-base:older", tag="refused")
     finally:
         docker("image", "rm", "triton-trtllm/nvidia-base:older")
