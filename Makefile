@@ -4,8 +4,11 @@ NAME ?= $(firstword $(subst @, ,$(notdir $(MODEL))))
 PYTHON ?= python3
 VENV := .venv
 IN_VENV := $(VENV)/bin/python
+IMAGES ?= server-cpu builder client
+IMAGE_TAG ?= dev
+IMAGE_BUILD ?= docker build
 
-.PHONY: help install demo serve load test bench fuzz soak lint format clean
+.PHONY: help install demo serve load images image-demo chart test test-cluster drain bench fuzz soak lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -30,8 +33,39 @@ serve: install ## build and serve a model: make serve MODEL=gpt2
 load: install ## put a load on a running server: make load ARGS="--concurrency 8 --duration 30s"
 	$(IN_VENV) clients/load.py $(ARGS)
 
+images: $(IMAGES:%=image-%) ## build triton-trtllm/{server-cpu,builder,client}:dev; IMAGES=server is for NVIDIA GPUs
+
+# IMAGE_BUILD="buildah bud" does as well; IMAGE_ARGS are more options of the builder, such as "--network host".
+image-%:
+	$(IMAGE_BUILD) --file containerfiles/$*.Containerfile --tag triton-trtllm/$*:$(IMAGE_TAG) \
+		--build-arg PIP_INDEX_URL --build-arg PIP_EXTRA_INDEX_URL \
+		--build-arg VERSION=$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \
+		--build-arg REVISION=$(or $(shell git describe --match= --always --dirty --abbrev=40 2>/dev/null),unknown) $(IMAGE_ARGS) .
+
 test: install ## the whole test suite
 	$(IN_VENV) -m pytest
+
+# CLUSTER_LOAD reads an archive of `docker save`: "kind load image-archive /dev/stdin", "../shared/k8s/cluster load -".
+CLUSTER_LOAD ?= kind load image-archive /dev/stdin
+CLUSTER_IMAGES := $(IMAGES:%=triton-trtllm/%:$(IMAGE_TAG)) triton-trtllm/server-demo:$(IMAGE_TAG)
+
+chart: install ## write what chart/ holds of monitoring/ and scripts/, and the golden files of its tests
+	cp monitoring/rules.yaml monitoring/alerts.yaml monitoring/kubernetes.yaml chart/files/
+	$(IN_VENV) scripts/dashboard.py chart/files/dashboard.json
+	PYTHONPATH=tests/chart $(IN_VENV) tests/chart/rendering.py
+
+image-demo: ## the CPU server with the demo's engine baked in
+	$(IN_VENV) build/engines.py --model scripts/demo_checkpoint/demo-gpt2 --engine openvino --output out/image/demo-gpt2
+	docker build --file containerfiles/server-cpu.Containerfile --tag triton-trtllm/server-demo:$(IMAGE_TAG) \
+		--build-arg REPOSITORIES=out/image --build-arg PIP_INDEX_URL --build-arg PIP_EXTRA_INDEX_URL $(IMAGE_ARGS) .
+
+test-cluster: install images image-demo ## the chart on the cluster of KUBECONFIG, in namespaces of its own, half an hour; ARGS="-m 'not figures'": less
+	docker save $(CLUSTER_IMAGES) | $(CLUSTER_LOAD)
+	TEST_KUBECONFIG=$(KUBECONFIG) TEST_IMAGE_TAG=$(IMAGE_TAG) $(IN_VENV) -m pytest -s tests/cluster $(ARGS)
+
+drain: ## 100 scale-downs, rolling updates and kubectl drains under load; after test-cluster, whose images it uses
+	DRAIN_OPERATIONS=100 TEST_KUBECONFIG=$(KUBECONFIG) TEST_IMAGE_TAG=$(IMAGE_TAG) \
+		$(IN_VENV) -m pytest -s tests/cluster/test_drain.py -k no_answer
 
 bench: install ## measure this machine, 10 minutes: table, JSON and picture in out/bench
 	$(IN_VENV) scripts/bench.py $(ARGS)

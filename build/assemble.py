@@ -107,9 +107,17 @@ def _is_ours(folder: Path) -> bool:
     return isinstance(record, dict) and {"served_name", "infer_name", "engine_key"} <= record.keys()
 
 
-def assemble(engine: Path, served_name: str, output: Path, settings: Settings = Settings()) -> Repository:
+def assemble(
+    engine: Path,
+    served_name: str,
+    output: Path,
+    settings: Settings = Settings(),
+    *,
+    symlink_engine: bool = False,
+) -> Repository:
     """Write the repository to `output`, replacing one that we wrote there before, and nothing else.
 
+    Engine files are hard links, or copies where those do not reach; with `symlink_engine` they are symbolic links.
     Raises StoreError when `output` holds something else or cannot be written; it is complete or as it was.
     """
     check_served_name(served_name)
@@ -129,14 +137,16 @@ def assemble(engine: Path, served_name: str, output: Path, settings: Settings = 
             _remove_leftovers(output)
             with tempfile.TemporaryDirectory(prefix=_prefix(output), dir=output.parent) as folder:
                 new = Path(folder) / "repository"
-                _write(new, engine, repository, settings)
+                _write(new, engine, repository, settings, os.symlink if symlink_engine else _link_or_copy)
                 _swap(new, output, Path(folder) / "old")
     except OSError as error:
         raise StoreError(f"--output {output} cannot be written: {error.strerror or error}; {_ANOTHER}") from error
     return repository
 
 
-def _write(folder: Path, engine: Path, repository: Repository, settings: Settings) -> None:
+def _write(
+    folder: Path, engine: Path, repository: Repository, settings: Settings, link: Callable[[Path, Path], object]
+) -> None:
     folder.mkdir()
     for step in STEPS:  # links between models become files: each model folder is complete
         _copy_folder(MODEL_REPO / step, folder / step, shutil.copyfile)
@@ -157,7 +167,7 @@ def _write(folder: Path, engine: Path, repository: Repository, settings: Setting
         "priority_levels": settings.priority_levels,
     }
     _write_json(folder / "tensorrt_llm/1/settings.json", for_engine)
-    _copy_folder(engine, folder / "tensorrt_llm/1/engine", _link_or_copy)
+    _copy_folder(engine.absolute(), folder / "tensorrt_llm/1/engine", link)
     _write_json(folder / RECORD, asdict(repository) | {"path": None})
 
 

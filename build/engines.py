@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib import import_module
@@ -103,7 +104,7 @@ def build(request: BuildRequest, options: Options) -> dict[str, Any]:
     report |= {"engine": str(engine.folder), "was_stored": engine.was_stored}
     if options.verify:
         report["verified"] = _verify(engine, checkpoint, trust_remote_code=request.trust_remote_code)
-    repository = assemble(engine.folder, served_name, output, options.settings)
+    repository = assemble(engine.folder, served_name, output, options.settings, symlink_engine=options.symlink_engine)
     _log.info("repository: %s", repository.path)
     return report | {
         "repository": str(repository.path),
@@ -246,6 +247,9 @@ def _report_error(error: BaseException, exit_code: int, *, as_json: bool, with_t
     if with_traceback:
         traceback.print_exception(error)
     print(f"engines: {error}", file=sys.stderr)
+    if termination_message := os.environ.get("TERMINATION_MESSAGE_PATH"):  # what Kubernetes shows as the Pod's status
+        with suppress(OSError):
+            Path(termination_message).write_text(f"engines: {error}")
     if as_json:
         print(json.dumps({"error": {"kind": type(error).__name__, "message": str(error), "exit_code": exit_code}}))
     return exit_code

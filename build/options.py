@@ -34,6 +34,7 @@ class Options:
     plan_only: bool
     verify: bool
     force: bool
+    symlink_engine: bool
     settings: Settings
 
 
@@ -136,6 +137,12 @@ def parse(argv: list[str]) -> tuple[BuildRequest, Options, argparse.Namespace]:
         metavar="DIR",
         help="the engine store; several builders may share it (default: triton-trtllm in XDG_CACHE_HOME or ~/.cache)",
     )
+    where.add_argument(
+        "--symlink-engine",
+        action="store_true",
+        help="engine files in the repository are symbolic links to the store, which must stay where it is (default: "
+        "hard links, or copies on another file system)",
+    )
     what.add_argument(
         "--synthetic",
         type=_synthetic_rates,
@@ -217,6 +224,7 @@ def parse(argv: list[str]) -> tuple[BuildRequest, Options, argparse.Namespace]:
         plan_only=arguments.plan,
         verify=arguments.verify,
         force=arguments.force,
+        symlink_engine=arguments.symlink_engine,
         settings=Settings(
             max_queue_size=arguments.max_queue_size,
             queue_timeout_seconds=arguments.queue_timeout,

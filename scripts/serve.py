@@ -8,6 +8,7 @@ with 0; a second one does not wait. Options after `--` go to tritonserver as the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -25,6 +26,9 @@ from supervisor import Feedback, Supervisor, num_in_flight
 
 NGC_TRITONSERVER = Path("/opt/tritonserver/bin/tritonserver")
 TRITON_EXIT_SECONDS = 8  # when the supervisor ends it, nothing is in flight, and its models take two to four
+SHARED_MEMORY = Path("/dev/shm")
+# Each Python model takes 1 MiB there when it starts, and more with its requests: 10 MiB in all after a prompt of 4 MB.
+SHARED_MEMORY_BYTES_PER_MODEL = 4 << 20
 # Triton starts a model's process through a shell with the path unquoted, waits for it for ever, and reads it as ASCII.
 NOT_IN_PATHS = re.compile(r"[^\w/.,:=+@%~#-]", re.ASCII)
 
@@ -47,12 +51,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         repository = check_repository(arguments.repository)
         check_engine(repository, arguments)
+        check_shared_memory(arguments.repository)
         check_ports(arguments)
         server = find_tritonserver(arguments.tritonserver)
         command = [str(server.binary), *server.options, *server_options(arguments)]
         supervisor = make_supervisor(arguments, repository)
     except ServeError as error:
         print(f"serve: {error}", file=sys.stderr)
+        if termination_message := os.environ.get("TERMINATION_MESSAGE_PATH"):  # what Kubernetes shows of its end
+            with contextlib.suppress(OSError):
+                Path(termination_message).write_text(f"serve: {error}")
         return 2
     if arguments.verbose:
         print("serve:", " ".join(command), file=sys.stderr)
@@ -126,6 +134,23 @@ def check_engine(repository: dict, arguments: argparse.Namespace) -> None:
         raise ServeError(
             f"{arguments.repository} has a synthetic engine, which makes its answers up; "
             "if it is for a benchmark, serve it with --benchmark"
+        )
+
+
+def check_shared_memory(repository: Path, folder: Path = SHARED_MEMORY) -> None:
+    """Triton's own words for too little of it are "failed to load all models"."""
+    num_models = sum('backend: "python"' in path.read_text() for path in repository.glob("*/config.pbtxt"))
+    needed = num_models * SHARED_MEMORY_BYTES_PER_MODEL
+    try:
+        there = os.statvfs(folder)
+    except OSError as error:
+        raise ServeError(f"{folder} cannot be used: {error.strerror}; tritonserver needs it for its models") from None
+    free = there.f_bavail * there.f_frsize
+    if free < needed:
+        raise ServeError(
+            f"{folder} has {free / (1 << 20):.1f} MiB free, and the {num_models} models of {repository} need "
+            f"{needed >> 20} MiB there; give the container more: docker run --shm-size 64m, "
+            f"or in Kubernetes an emptyDir of medium Memory, mounted at {folder}"
         )
 
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import prometheus_binaries
+import packed_binaries
 import pytest
 import tritonclient.grpc as grpcclient
 from free_ports import free_ports
@@ -57,7 +57,7 @@ class Prometheus:
     process: subprocess.Popen = field(init=False)
 
     def __post_init__(self) -> None:
-        binary = prometheus_binaries.find("prometheus")
+        binary = packed_binaries.find("prometheus")
         self.address = f"127.0.0.1:{free_ports(1)[0]}"
         for name in ("rules.yaml", "alerts.yaml"):
             text = (ROOT / "monitoring" / name).read_text()

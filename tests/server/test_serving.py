@@ -82,7 +82,10 @@ def test_a_flipped_byte_in_the_engine_is_named_and_nothing_is_served(own_server,
     assert "openvino_model.bin" in server.log.read_text()
 
 
-def test_an_engine_of_a_newer_runtime_is_refused_with_both_versions(own_server, repository: Path, tmp_path: Path):
+def test_an_engine_of_a_newer_runtime_is_refused_with_both_versions(
+    own_server, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("TERMINATION_MESSAGE_PATH", str(tmp_path / "message"))
     newer = tmp_path / "newer"
     shutil.copytree(repository, newer)
     manifest = newer / "tensorrt_llm/1/engine/engine.json"
@@ -92,6 +95,8 @@ def test_an_engine_of_a_newer_runtime_is_refused_with_both_versions(own_server, 
     server = own_server(newer)
     assert server.process.wait(timeout=60) != 0
     assert "2099.1" in server.log.read_text()
+    sentence = (tmp_path / "message").read_text()  # the status of a Pod
+    assert sentence.startswith("the engine was built with OpenVINO 2099.1.0; this machine has OpenVINO ")
 
 
 # ---- mistakes on the command line --------------------------------------------------------------------------------
@@ -103,9 +108,13 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_a_missing_repository_is_named_with_the_command_that_builds_one(tmp_path: Path):
+def test_a_missing_repository_is_named_with_the_command_that_builds_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("TERMINATION_MESSAGE_PATH", str(tmp_path / "message"))
     result = run(str(tmp_path / "nothing"))
     assert result.returncode == 2
+    assert (tmp_path / "message").read_text() == result.stderr.strip()
     assert "is not a folder; build a repository with: python build/engines.py" in result.stderr
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import prometheus_binaries
+import packed_binaries
 import pytest
 import yaml
 from autoscaling.balancing import ReadyPods, RoundRobin
@@ -67,7 +67,7 @@ def scraped(model: ServerModel, pod: int, samples: list[Gauges | None]) -> list[
 )
 def test_signals_are_those_of_the_recording_rules(scrape: int, evaluation: int, kv_tokens: int, tmp_path: Path):
     """With 1,600 tokens of KV cache two to four requests run, and others wait beside free slots."""
-    promtool = prometheus_binaries.find("promtool")
+    promtool = packed_binaries.find("promtool")
     model = replace(MODEL, kv_tokens=kv_tokens)
     fleet = Fleet(model, load().source(model), RoundRobin())
     fleet.open(0)

@@ -215,8 +215,8 @@ def test_a_trace_of_the_load_client_is_simulated_and_drawn(tmp_path: Path, capsy
             "no request comes within 30 s; give a longer --duration",
         ),
         (
-            "--rate 5@1m --plot run.jpeg2",
-            "--plot run.jpeg2 has the ending '.jpeg2'; it must be one of .png, .svg, .pdf",
+            "--rate 5@1m --plot run.jpg2",
+            "--plot run.jpg2 has the ending '.jpg2'; it must be one of .png,",
         ),
         ("--rate 5@1m --plot /no/run.png", "--plot /no/run.png is in a folder that does not exist; make /no first"),
         ("--rate 5@1m --prefill-seconds 3", "--first-token-within 2 is not above the prefill of 3.00 s"),

@@ -324,6 +324,21 @@ def test_an_error_is_one_sentence(
     assert (tmp_path / "taken/thesis.txt").read_text() == "years"
 
 
+def test_an_error_is_left_for_the_pods_status(
+    cli: Cli, compiler: FakeCompiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("TERMINATION_MESSAGE_PATH", str(tmp_path / "message"))
+    ended = cli(model="/nowhere")
+    assert (tmp_path / "message").read_text() == f"engines: {ended.sentence}"
+
+
+def test_the_engine_in_the_repository_may_be_links_to_the_store(cli: Cli, compiler: FakeCompiler, tmp_path: Path):
+    ended = cli("--engine", "openvino", "--output", tmp_path / "models/demo", "--symlink-engine", "--json")
+    links = list((tmp_path / "models/demo/tensorrt_llm/1/engine").iterdir())
+    assert links
+    assert {link.readlink().parent for link in links} == {Path(ended.document["engine"])}
+
+
 def test_a_model_must_be_named(cli: Cli):
     ended = cli("--json", model=None)
     assert ended.code == 2

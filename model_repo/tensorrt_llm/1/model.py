@@ -27,7 +27,7 @@ from pacing import affordable_responses_per_second
 from request_parameters import ParameterError, read_parameters, timeout_microseconds
 from request_reading import RequestReader, Tensors
 from response_writing import ResponseWriter, TritonResponder
-from server_ending import end_server, end_with_server
+from server_ending import end_server, end_with_server, leave_message
 from text_decoding import load_tokenizer
 from waiting_room import QueueLimits
 
@@ -78,6 +78,7 @@ class TritonPythonModel:
             self._engine, manifest = load_engine(engine_folder)
         except (ManifestError, EngineError) as error:
             logging.critical("%s", error)
+            leave_message(str(error))
             raise pb_utils.TritonModelException(str(error)) from None
         tokenizer = load_tokenizer(engine_folder)
         self._reader = RequestReader(

@@ -6,11 +6,13 @@ server that was killed must leave nothing behind: an engine keeps the memory of 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 _log = logging.getLogger(__name__)
 
@@ -26,6 +28,7 @@ def end_server(reason: str) -> None:
     may hang. SIGKILL alone does not reach process 1 of a container; scripts/serve.py lets tritonserver be another one.
     """
     _log.critical("%s; ending the server", reason)
+    leave_message(reason)
     for seconds, number in (
         (_TIME_FOR_ERRORS_SECONDS, signal.SIGTERM),
         (_TIME_FOR_ERRORS_SECONDS + 0.1, signal.SIGKILL),
@@ -33,6 +36,13 @@ def end_server(reason: str) -> None:
         timer = threading.Timer(seconds, _signal, (os.getppid(), number))
         timer.daemon = True  # this process may end before, with the server
         timer.start()
+
+
+def leave_message(sentence: str) -> None:
+    """Why the server ends, or does not start, for the status of its Pod: Kubernetes reads this file afterwards."""
+    if path := os.environ.get("TERMINATION_MESSAGE_PATH"):
+        with contextlib.suppress(OSError):
+            Path(path).write_text(sentence)
 
 
 def _signal(server_pid: int, number: int) -> None:

@@ -1,4 +1,4 @@
-"""Real `promtool` and `prometheus` for tests: those on PATH, else those that lie beside the checkout, packed."""
+"""Real `promtool`, `prometheus` and `helm` for tests: from PATH, else from an archive beside the checkout."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Literal
 
 import pytest
 
-Name = Literal["promtool", "prometheus"]
+Name = Literal["promtool", "prometheus", "helm"]
 
-# A test cluster's binaries; promtool and prometheus are two of eleven members, 130 MB when unpacked.
+# A test cluster's binaries; these are three of eleven members, 190 MB when unpacked.
 ARCHIVE = Path(__file__).resolve().parents[3] / "shared/k8s/bin.tar.xz"
-MEMBERS = ("promtool", "prometheus")
+MEMBERS = ("promtool", "prometheus", "helm")
 
 
 def find(name: Name) -> Path:
@@ -35,7 +35,7 @@ def _unpacked() -> Path:
     cache.mkdir(mode=0o700, exist_ok=True)
     if cache.stat().st_uid != os.getuid():
         pytest.skip(f"{cache} belongs to somebody else, and programs from there are not run")
-    folder = cache / f"prometheus-{stat.st_size}-{int(stat.st_mtime)}"
+    folder = cache / f"packed-{stat.st_size}-{int(stat.st_mtime)}"
     with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.is_dir():

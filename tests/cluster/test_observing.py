@@ -1,0 +1,160 @@
+"""Monitoring objects on a cluster with the Prometheus Operator, and an autoscaler that reads the same numbers.
+
+Prometheus is asked through the API server. kube-state-metrics is played by a Pod that gives, under its names, what the
+API server says of this test's Pods and autoscaler; there is no GPU, so the panels of dcgm-exporter are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from typing import Any
+from urllib.parse import quote
+
+import dashboard
+import pytest
+from cluster_client import SERVER, Namespace, kubectl, pod_of, until
+from loads import Load
+
+PROMETHEUS = os.environ.get("TEST_PROMETHEUS", "monitoring/services/prometheus-operated:9090")
+KINDS = {"podmonitors", "prometheusrules", "scaledobjects"}
+MODEL = "demo-gpt2"
+SMALL = "resources.cpu=500m"
+
+
+def ask(query: str) -> list[dict[str, Any]]:
+    path = f"/api/v1/namespaces/{PROMETHEUS}/proxy/api/v1/query?query={quote(query, safe='')}"
+    answer = json.loads(kubectl("get", "--raw", path))
+    assert answer["status"] == "success", answer
+    return answer["data"]["result"]
+
+
+# Of the Pod that plays kube-state-metrics.
+MONITOR = {
+    "apiVersion": "monitoring.coreos.com/v1",
+    "kind": "PodMonitor",
+    "metadata": {"name": "kube-state"},
+    "spec": {
+        "selector": {"matchLabels": {"test": "kube-state"}},
+        "podMetricsEndpoints": [{"port": "state", "honorLabels": True}],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def service(make_namespace: Callable[[str], Namespace], image_tag: str) -> Iterator[Namespace]:
+    """A release `watched` under a short load, scraped and scaled."""
+    installed = {line.split(".")[0] for line in kubectl("api-resources", "--output=name").split()}
+    if missing := KINDS - installed:
+        pytest.skip(f"the cluster has no {', '.join(sorted(missing))}")
+    namespace = make_namespace("privileged")
+    namespace.apply(MONITOR)  # Prometheus takes up to two minutes to read a new configuration
+    values = [
+        "monitoring.enabled=true",
+        "autoscaling.mode=keda",
+        "autoscaling.requestsPerPod=8",
+        "engine.maxBatchSize=8",
+    ]
+    values += ["autoscaling.maxReplicas=2", "monitoring.scrapeInterval=5s", SMALL]
+    namespace.install("watched", *values, f"engine.node.path=/mnt/node/{namespace.name}", wait=240)
+    node = namespace.ready_pods()[0]["spec"]["nodeName"]
+    load = Load(namespace, image_tag, "watched", MODEL, node=node, tokens=(20, 60), streams=8, whole=2)
+    load.running()
+    until("an autoscaler that has a number", lambda: scaler(namespace)["status"].get("currentMetrics"), 120)
+    until("two servers", lambda: scaler(namespace)["status"].get("desiredReplicas") == 2, 120)
+    play_kube_state_metrics(namespace, image_tag)
+    until("kube-state-metrics", lambda: ask(f'kube_pod_created{{namespace="{namespace.name}"}}'), 120)
+    time.sleep(20)  # for the rules that read it
+    yield namespace
+    load.stop()
+    namespace.helm("uninstall", "watched", "--wait=false")
+
+
+def scaler(namespace: Namespace) -> dict[str, Any]:
+    found = namespace.get("horizontalpodautoscalers")
+    return found[0] if found else {"status": {}}
+
+
+def play_kube_state_metrics(namespace: Namespace, image_tag: str) -> None:
+    hpa = scaler(namespace)
+    of_hpa = f'{{namespace="{namespace.name}",horizontalpodautoscaler="{hpa["metadata"]["name"]}"}}'
+    lines = [
+        f"kube_horizontalpodautoscaler_status_desired_replicas{of_hpa} {hpa['status']['desiredReplicas']}",
+        f"kube_horizontalpodautoscaler_status_current_replicas{of_hpa} {hpa['status']['currentReplicas']}",
+        f"kube_horizontalpodautoscaler_spec_max_replicas{of_hpa} {hpa['spec']['maxReplicas']}",
+    ]
+    for pod in namespace.pods():
+        labels = f'namespace="{namespace.name}",pod="{pod["metadata"]["name"]}"'
+        lines.append(f"kube_pod_created{{{labels}}} {seconds(pod['metadata']['creationTimestamp'])}")
+        for condition in pod["status"]["conditions"]:
+            if condition["type"] == "Ready" and condition["status"] == "True":
+                lines.append(f"kube_pod_status_ready_time{{{labels}}} {seconds(condition['lastTransitionTime'])}")
+        for status in pod["status"].get("containerStatuses", []):
+            of_container = f'{{{labels},container="{status["name"]}"}}'
+            lines.append(f"kube_pod_container_status_running{of_container} {int('running' in status['state'])}")
+            lines.append(f"kube_pod_container_status_ready{of_container} {int(status['ready'])}")
+    serve = (
+        "import http.server, sys\n"
+        "class Handler(http.server.BaseHTTPRequestHandler):\n"
+        "    def do_GET(self):\n"
+        "        self.send_response(200)\n"
+        "        self.send_header('Content-Type', 'text/plain; version=0.0.4')\n"
+        "        self.end_headers()\n"
+        "        self.wfile.write(sys.argv[1].encode())\n"
+        "http.server.ThreadingHTTPServer(('', 8080), Handler).serve_forever()\n"
+    )
+    pod = pod_of(
+        "kube-state",
+        f"triton-trtllm/client:{image_tag}",
+        ["python3", "-c", serve, "\n".join(lines) + "\n"],
+        ports=[{"name": "state", "containerPort": 8080}],
+    )
+    namespace.apply(pod)
+
+
+def seconds(timestamp: str) -> float:
+    return datetime.fromisoformat(timestamp).timestamp()
+
+
+def filled_in(query: str, namespace: Namespace) -> str:
+    chosen = {"namespace": namespace.name, "release": "watched", "model": MODEL, "pod": ".*"}
+    for name, value in chosen.items():
+        query = query.replace(f"${name}", value)
+    return query
+
+
+PANELS = [panel for panels in dashboard.ROWS.values() for panel in panels if panel.needs != "dcgm-exporter"]
+
+
+@pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel.title)
+def test_every_query_of_the_dashboard_has_data(service: Namespace, panel: dashboard.Panel):
+    for legend, query in panel.queries.items():
+        assert ask(filled_in(query, service)), f"{legend}: {query}"
+
+
+@pytest.mark.parametrize("name", dashboard.VARIABLES)
+def test_every_variable_of_the_dashboard_has_values(service: Namespace, name: str):
+    inner = dashboard.VARIABLES[name].removeprefix("label_values(").removesuffix(")")
+    selector, _, label = inner.rpartition(", ")
+    values = {series["metric"].get(label) for series in ask(filled_in(selector, service))}
+    wanted = {"namespace": service.name, "release": "watched", "model": MODEL}.get(name)
+    assert values and None not in values
+    assert wanted is None or wanted in values
+
+
+def test_prometheus_has_every_rule_and_none_fails(service: Namespace):
+    path = f"/api/v1/namespaces/{PROMETHEUS}/proxy/api/v1/rules"
+    groups = json.loads(kubectl("get", "--raw", path))["data"]["groups"]
+    ours = [group for group in groups if service.name in group["file"]]
+    assert {group["name"] for group in ours} >= {"triton-now", "triton-ended", "triton-kubernetes", "triton-objectives"}
+    assert [rule["name"] for group in ours for rule in group["rules"] if rule["health"] == "err"] == []
+
+
+def test_the_autoscaler_scales_on_requests(service: Namespace):
+    """20 clients, 8 requests per Pod: the most that it may."""
+    assert len(service.pods(f"app.kubernetes.io/instance=watched,{SERVER}")) == 2
+    conditions = {found["type"]: found["status"] for found in scaler(service)["status"]["conditions"]}
+    assert conditions["ScalingActive"] == "True"
