@@ -15,7 +15,7 @@ from traces import check_text
 _GRPC_ADDRESS = "give HOST:PORT of the server's gRPC port"
 
 
-def _sentence(check: Callable[[str], Any]) -> Callable[[str], Any]:
+def sentence_of(check: Callable[[str], Any]) -> Callable[[str], Any]:
     """argparse says 'invalid value' of a ValueError; this keeps the sentence."""
 
     def checked(text: str) -> Any:
@@ -27,8 +27,8 @@ def _sentence(check: Callable[[str], Any]) -> Callable[[str], Any]:
     return checked
 
 
-duration = _sentence(parse_seconds)
-lengths = _sentence(parse_lengths)
+duration = sentence_of(parse_seconds)
+lengths = sentence_of(parse_lengths)
 
 
 def duration_or_zero(text: str) -> float:

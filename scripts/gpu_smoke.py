@@ -39,6 +39,7 @@ from engine_manifest import read_manifest
 from local_server import LocalServer
 from model_shape import model_shape
 from sizing import legal_tensor_parallel
+from supervisor import num_in_flight
 
 READY_SECONDS = 3600  # a large model from a slow disk
 ANSWER_SECONDS = 300
@@ -253,7 +254,8 @@ def cancel(smoke: Smoke) -> tuple[str, dict[str, Any]]:
     next(events)
     gone = time.monotonic()
     events.close()
-    while active_requests(smoke):
+    assert smoke.server is not None
+    while num_in_flight(f"http://127.0.0.1:{smoke.server.metrics_port}/metrics") != 0:
         if time.monotonic() - gone > ANSWER_SECONDS:
             raise SmokeError(f"a cancelled request still holds its place after {ANSWER_SECONDS} s")
         time.sleep(0.02)
@@ -378,14 +380,6 @@ def ask_for_stream(smoke: Smoke, body: dict[str, Any]) -> Iterator[tuple[dict[st
                 yield event, time.monotonic()
     finally:
         connection.close()
-
-
-def active_requests(smoke: Smoke) -> int:
-    assert smoke.server is not None
-    with urllib.request.urlopen(f"http://127.0.0.1:{smoke.server.metrics_port}/metrics", timeout=10) as response:
-        lines = response.read().decode().splitlines()
-    found = [line for line in lines if line.startswith("nv_trt_llm_request_metrics{") and '"active"' in line]
-    return int(float(found[0].rsplit(" ", 1)[1]))
 
 
 def _driver_version() -> str | None:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import trtllm_installation
+from engine_manifest import major_and_minor
 from errors import UnsupportedError, UsageError
 from gpu_products import GpuProduct, product_of, refusal
 from gpus import Gpu, find_gpus
@@ -124,8 +124,7 @@ def check_installation() -> dict[str, str]:
 
 
 def log_version(version: str) -> None:
-    parts = re.match(r"(\d+)\.(\d+)", version)
-    number = (int(parts[1]), int(parts[2])) if parts else OLDEST_VERSION
+    number = major_and_minor(version) or OLDEST_VERSION
     if not OLDEST_VERSION <= number <= NEWEST_VERSION:
         age = "older" if number < OLDEST_VERSION else "newer"
         log.warning("TensorRT-LLM %s is %s than 1.2.1, which the build is written for; going on with it", version, age)

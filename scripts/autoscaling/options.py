@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import option_types
 from autoscaling.balancing import Balancing
@@ -231,28 +230,16 @@ def _output(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _sentences(check: Callable[[str], Any]) -> Callable[[str], Any]:
-    """argparse says 'invalid value' of a ValueError; this keeps the sentence."""
-
-    def checked(text: str) -> Any:
-        try:
-            return check(text)
-        except UsageError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return checked
+_durations = option_types.sentence_of(parse_durations)
+_schedule = option_types.sentence_of(parse_schedule)
 
 
-_durations = _sentences(parse_durations)
-_schedule = _sentences(parse_schedule)
-
-
-@_sentences
+@option_types.sentence_of
 def _users(text: str) -> Schedule:
     return parse_schedule(text, whole=True)
 
 
-@_sentences
+@option_types.sentence_of
 def _targets(text: str) -> tuple[Target, ...]:
     targets = []
     for part in text.split("+"):
@@ -276,7 +263,7 @@ def _targets(text: str) -> tuple[Target, ...]:
     return tuple(targets)
 
 
-@_sentences
+@option_types.sentence_of
 def _policies(text: str) -> tuple[Policy, ...]:
     policies = []
     for part in text.split(","):

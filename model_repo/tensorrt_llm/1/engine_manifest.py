@@ -287,7 +287,7 @@ def _check_tensorrt(manifest: EngineManifest, gpu: tuple[str, str] | None, versi
 
 def _check_openvino(manifest: EngineManifest, versions: Mapping[str, str]) -> None:
     """OpenVINO reads what older releases wrote, and promises nothing for newer ones."""
-    built, here = _year_and_minor(manifest.versions.get("openvino")), _year_and_minor(versions.get("openvino"))
+    built, here = major_and_minor(manifest.versions.get("openvino")), major_and_minor(versions.get("openvino"))
     if built is None or here is None or here < built:
         advice = f"install openvino>={built[0]}.{built[1]} to serve it, or " if built else ""
         raise ManifestError(
@@ -296,7 +296,8 @@ def _check_openvino(manifest: EngineManifest, versions: Mapping[str, str]) -> No
         )
 
 
-def _year_and_minor(version: str | None) -> tuple[int, int] | None:
+def major_and_minor(version: str | None) -> tuple[int, int] | None:
+    """The first two numbers of a release; None where there are none."""
     found = re.match(r"(\d+)\.(\d+)", version or "")
     return (int(found[1]), int(found[2])) if found else None
 

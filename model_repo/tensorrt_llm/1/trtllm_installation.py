@@ -34,9 +34,7 @@ def versions() -> dict[str, str]:
 
 def has_engine_backend() -> bool:
     """Whether this TensorRT-LLM runs TensorRT engines. It was removed after 1.2; the version does not tell for sure."""
-    package = importlib.util.find_spec("tensorrt_llm")
-    folders = package.submodule_search_locations if package is not None else None
-    return any((Path(folder) / "_tensorrt_engine").exists() for folder in folders or ())
+    return any((folder / "_tensorrt_engine").exists() for folder in _package_folders())
 
 
 def pytorch_architectures() -> frozenset[str] | None:
@@ -44,13 +42,17 @@ def pytorch_architectures() -> frozenset[str] | None:
 
     A model that a user's own code registers is not among them.
     """
-    package = importlib.util.find_spec("tensorrt_llm")
-    folders = package.submodule_search_locations if package is not None else None
     found: set[str] = set()
-    for folder in folders or ():
-        for path in Path(folder, "_torch/models").glob("*.py"):
+    for folder in _package_folders():
+        for path in (folder / "_torch/models").glob("*.py"):
             found.update(_REGISTERED.findall(path.read_text(encoding="utf-8", errors="replace")))
     return frozenset(found) or None
+
+
+def _package_folders() -> list[Path]:
+    """Where tensorrt_llm lies; none where it is not installed."""
+    package = importlib.util.find_spec("tensorrt_llm")
+    return [Path(folder) for folder in (package.submodule_search_locations or ())] if package is not None else []
 
 
 def _version(package: str) -> str | None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from engine_manifest import EngineManifest, ManifestError
+from engine_manifest import EngineManifest, ManifestError, major_and_minor
 from generation import Capability, EngineError
 from gpus import Gpu, pin_environment
 from library_environment import library_environment
@@ -236,8 +236,7 @@ def _best_sampler() -> str:
 
 
 def _library_version() -> tuple[int, int]:
-    found = re.match(r"(\d+)\.(\d+)", versions().get("tensorrt_llm", ""))
-    return (int(found[1]), int(found[2])) if found else (0, 0)
+    return major_and_minor(versions().get("tensorrt_llm")) or (0, 0)
 
 
 # ---- the process -----------------------------------------------------------------------------------------------------
