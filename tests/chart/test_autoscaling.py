@@ -161,9 +161,9 @@ def notes(helm: Path, folder: Path, values: dict[str, Any]) -> str:
     (copy / "templates/notes.yaml").write_text(
         'kind: Notes\ntext: {{ include (print .Template.BasePath "/NOTES.txt") . | quote }}\n'
     )
+    command = [helm, "template", "llm", copy, "--namespace=models", "--kube-version=1.35.0"]
     done = subprocess.run(
-        [helm, "template", "llm", copy, "--namespace=models", "--kube-version=1.35.0", "--values", EXAMPLES["demo-cpu"]]
-        + ["--values=-", "--show-only=templates/notes.yaml"],
+        [*command, "--values", EXAMPLES["demo-cpu"], "--values=-", "--show-only=templates/notes.yaml"],
         input=yaml.safe_dump(values),
         capture_output=True,
         text=True,
