@@ -8,7 +8,7 @@ IMAGES ?= server-cpu builder client
 IMAGE_TAG ?= dev
 IMAGE_BUILD ?= docker build
 
-.PHONY: help install demo serve load images image-demo chart test test-cluster drain bench fuzz soak lint format clean
+.PHONY: help install demo serve load images image-demo chart test test-cluster drain autoscaling bench fuzz soak lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -66,6 +66,9 @@ test-cluster: install images image-demo ## the chart on the cluster of KUBECONFI
 drain: ## 100 scale-downs, rolling updates and kubectl drains under load; after test-cluster, whose images it uses
 	DRAIN_OPERATIONS=100 TEST_KUBECONFIG=$(KUBECONFIG) TEST_IMAGE_TAG=$(IMAGE_TAG) \
 		$(IN_VENV) -m pytest -s tests/cluster/test_drain.py -k no_answer
+
+autoscaling: install ## record what the autoscaler on the cluster of KUBECONFIG does; after test-cluster, whose images it uses
+	$(IN_VENV) scripts/record_autoscaling.py --tag $(IMAGE_TAG) $(ARGS)
 
 bench: install ## measure this machine, 10 minutes: table, JSON and picture in out/bench
 	$(IN_VENV) scripts/bench.py $(ARGS)

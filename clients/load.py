@@ -27,6 +27,7 @@ from load_options import Options, parse
 from load_report import Run, document, table, write_json
 from progress import Progress
 from questions import Question
+from request_log import RequestLog
 from schedules import poisson_times
 from senders import Asker, Crowd, Tasks, send_closed, send_open
 from tallies import Tally
@@ -107,7 +108,10 @@ async def offer(options: Options, service: TritonService, tally: Tally, progress
 
 async def send(options: Options, service: TritonService, tasks: Tasks, tally: Tally) -> None:
     """Until the schedule or the trace ends, or --duration or --requests."""
-    asker = Asker(service, tally, options.patience, random_for(options, "retries"), streams=options.target.streams)
+    log = None if options.outputs.request_log is None else RequestLog(options.outputs.request_log)
+    asker = Asker(
+        service, tally, options.patience, random_for(options, "retries"), streams=options.target.streams, log=log
+    )
     if options.shape.users is not None:
         questions = islice(options.prompts.questions(random_for(options, "questions")), options.requests)
         crowd = Crowd(questions, asker, random_for(options, "users"))

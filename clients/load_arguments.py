@@ -233,6 +233,9 @@ def _add_outputs(group: Any) -> None:
     group.add_argument("--json", type=Path, metavar="FILE", help="everything, as one JSON document")
     group.add_argument("--csv", type=Path, metavar="FILE", help="a line per second, written as it goes")
     group.add_argument(
+        "--request-log", type=Path, metavar="FILE", help="a JSON line per request, written as it ends; -: to stdout"
+    )
+    group.add_argument(
         "--plot", type=Path, metavar="FILE.png", help="load, throughput and latency over time (matplotlib)"
     )
     group.add_argument(

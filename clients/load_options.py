@@ -41,6 +41,7 @@ class Outputs:
 
     json: Path | None
     csv: Path | None
+    request_log: Path | None
     plot: Path | None
     prometheus_port: int | None
     prometheus_address: str
@@ -153,6 +154,8 @@ def _outputs(arguments: argparse.Namespace) -> Outputs:
         path: Path | None = getattr(arguments, option)
         if path is not None:
             _check_writable(path, f"--{option}")
+    if arguments.request_log not in (None, Path("-")):
+        _check_writable(arguments.request_log, "--request-log")
     if arguments.plot is not None:
         if arguments.plot.suffix.lower() not in (".png", ".svg", ".pdf"):
             raise UsageError(f"--plot {arguments.plot} has no known kind of image; call it .png, .svg or .pdf")
@@ -162,6 +165,7 @@ def _outputs(arguments: argparse.Namespace) -> Outputs:
     return Outputs(
         json=arguments.json,
         csv=arguments.csv,
+        request_log=arguments.request_log,
         plot=arguments.plot,
         prometheus_port=arguments.prometheus_port,
         prometheus_address=arguments.prometheus_address,

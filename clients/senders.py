@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from failures import RETRIED_KINDS, RequestFailure
 from questions import Question
+from request_log import RequestLog
 from schedules import Schedule
 from tallies import Tally
 
@@ -43,8 +44,18 @@ class Patience:
 class Asker:
     """Asks one question after the other, or many at a time, and tallies what becomes of them."""
 
-    def __init__(self, service: Service, tally: Tally, patience: Patience, random: Random, *, streams: bool):
+    def __init__(
+        self,
+        service: Service,
+        tally: Tally,
+        patience: Patience,
+        random: Random,
+        *,
+        streams: bool,
+        log: RequestLog | None = None,
+    ):
         self._service = service
+        self._log = log
         self._tally = tally
         self._patience = patience
         self._random = random
@@ -54,10 +65,14 @@ class Asker:
         """Whether it was answered, or cancelled on purpose. `intended` is a time.monotonic()."""
         sent = time.monotonic()
         self._tally.request_sent(sent - intended)
+        answer = _Answer(intended)
+        outcome = "cut_off"
         try:
-            await self._ask_with_retries(question, intended, sent)
+            await self._ask_with_retries(question, answer, sent)
+            outcome = "ok" if answer.finished is not None else "cancelled"
             return True
         except RequestFailure as failure:
+            outcome = failure.kind
             self._tally.request_failed(failure.kind, failure.message)
             return False
         except asyncio.CancelledError:
@@ -65,11 +80,20 @@ class Asker:
             raise
         finally:
             self._tally.request_over()
+            if self._log is not None:
+                self._log.write(
+                    due=intended, first_token=answer.first, end=time.monotonic(), tokens=answer.tokens, outcome=outcome
+                )
 
-    async def _ask_with_retries(self, question: Question, intended: float, sent: float) -> None:
+    def cannot_send(self, intended: float, message: str) -> None:
+        """A request that was due, and is given up before it is sent."""
+        self._tally.request_failed("not_sent", message)
+        if self._log is not None:
+            self._log.write(due=intended, first_token=None, end=time.monotonic(), tokens=0, outcome="not_sent")
+
+    async def _ask_with_retries(self, question: Question, answer: _Answer, sent: float) -> None:
         retries = 0
-        while True:
-            answer = _Answer(intended)
+        while True:  # only answers of which nothing has come are asked for again, so `answer` is as it was
             try:
                 await self._ask_once(question, answer, sent)
                 return
@@ -93,6 +117,7 @@ class Asker:
             async for tokens, is_last in responses:
                 now = time.monotonic()
                 self._tally.response_arrived(tokens)
+                answer.tokens += tokens
                 if tokens and self._streams:
                     self._note_tokens(answer, tokens, now)
                 if is_last:
@@ -105,12 +130,12 @@ class Asker:
         self._tally.answer_complete(answer.finished - answer.intended)
 
     def _note_tokens(self, answer: _Answer, tokens: int, now: float) -> None:
-        if answer.latest is None:
+        if answer.first is None or answer.latest is None:
+            answer.first = now
             self._tally.time_to_first_token.record(now - answer.intended)
         else:
             self._tally.gap(now - answer.latest, tokens)
         answer.latest = now
-        answer.tokens += tokens
 
 
 @dataclass(slots=True)
@@ -118,6 +143,7 @@ class _Answer:
     """One answer so far. Times are time.monotonic(); `latest` is that of the latest response with tokens."""
 
     intended: float
+    first: float | None = None
     latest: float | None = None
     finished: float | None = None
     tokens: int = 0
@@ -172,7 +198,7 @@ async def send_open(
         intended = tally.started + seconds
         await sleep_until(intended)
         if tally.in_flight >= max_in_flight:
-            tally.request_failed("not_sent", f"{max_in_flight} requests were in flight already (--max-in-flight)")
+            asker.cannot_send(intended, f"{max_in_flight} requests were in flight already (--max-in-flight)")
         else:
             tasks.start(asker.ask(question, intended))
     return number

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 from failures import ErrorKind, RequestFailure
 from questions import Question
+from request_log import RequestLog
 from schedules import parse_schedule
 from senders import Asker, Crowd, Patience, Tasks, backoff_seconds, send_closed, send_open
 from tallies import Tally
@@ -314,3 +317,39 @@ def test_a_defect_of_ours_is_kept_and_ends_the_load():
     tasks, told = asyncio.run(whole())
     assert isinstance(tasks.defect, ZeroDivisionError)
     assert told.is_set()
+
+
+# ---- a line per request
+
+
+def logged(tmp_path: Path, script: Callable, **patience: Any) -> list[dict[str, Any]]:
+    path = tmp_path / "requests.jsonl"
+    log = RequestLog(path)
+    asker = Asker(ScriptedService(script), Tally(), Patience(**patience), Random(1), streams=True, log=log)
+    asyncio.run(asker.ask(QUESTION, time.monotonic() - 2))
+    log.close()
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_request_log_has_when_and_how_each_ended(tmp_path: Path):
+    before = time.time()
+    (line,) = logged(tmp_path, lambda call: [0.05, 1, 0.05, 3])
+    assert (line["tokens"], line["outcome"]) == (4, "ok")
+    assert line["due"] == pytest.approx(before - 2, abs=0.5)
+    assert line["due"] + 2.04 <= line["first_token"] <= line["end"] - 0.04
+
+
+def test_the_request_log_has_one_line_for_a_request_that_was_sent_twice(tmp_path: Path):
+    (line,) = logged(tmp_path, lambda call: [1, 1] if call else [failure("refused")], retries=1)
+    assert (line["tokens"], line["outcome"]) == (2, "ok")
+    (line,) = logged(tmp_path, lambda call: [1, failure("unavailable")], retries=1)
+    assert (line["tokens"], line["outcome"]) == (1, "unavailable")
+    (line,) = logged(tmp_path, lambda call: [failure("refused")])
+    assert (line["first_token"], line["outcome"]) == (None, "refused")
+
+
+def test_a_full_disk_ends_the_request_log_and_not_the_load(capsys: pytest.CaptureFixture[str]):
+    log = RequestLog(Path("/dev/full"))
+    for _ in range(2):
+        log.write(due=0.0, first_token=None, end=1.0, tokens=0, outcome="ok")
+    assert capsys.readouterr().err == "--request-log ends here, it cannot be written: No space left on device\n"
