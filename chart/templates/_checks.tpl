@@ -57,6 +57,18 @@
 {{- if and (ne .Values.autoscaling.mode "none") (not .Values.monitoring.enabled) }}
 {{- fail (printf "autoscaling.mode is %s, which scales on a Prometheus metric, and monitoring.enabled is false; set it to true" .Values.autoscaling.mode) }}
 {{- end }}
+{{- $signals := .Values.autoscaling.signals }}
+{{- if ne .Values.autoscaling.mode "none" }}
+{{- if not (or $signals.concurrency $signals.queueComputeRatio $signals.kvCache) }}
+{{- fail (printf "autoscaling.mode is %s and none of autoscaling.signals has a target; set concurrency, a little below engine.maxBatchSize" .Values.autoscaling.mode) }}
+{{- end }}
+{{- if and $engine.maxBatchSize $signals.concurrency (gt (float64 $signals.concurrency) (float64 $engine.maxBatchSize)) }}
+{{- fail (printf "autoscaling.signals.concurrency is %v and engine.maxBatchSize is %v, so every Pod would have a queue before another is added; make concurrency a little smaller than engine.maxBatchSize" $signals.concurrency $engine.maxBatchSize) }}
+{{- end }}
+{{- if and (not .Values.autoscaling.behavior) $signals.kvCache (gt (float64 $signals.kvCache) 0.9) }}
+{{- fail (printf "autoscaling.signals.kvCache is %v, and Kubernetes lets a tenth above a target pass, which is more than a full cache; make it 0.9 or less" $signals.kvCache) }}
+{{- end }}
+{{- end }}
 {{- if and .Values.ingress.enabled (not .Values.ingress.host) }}
 {{- fail "ingress.enabled is true and ingress.host is empty; give the host name" }}
 {{- end }}

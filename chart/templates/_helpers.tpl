@@ -174,3 +174,75 @@ priorityClassName: {{ . }}
 {{- end }}
 {{- end }}
 {{- end }}
+
+{{/*
+Autoscaling. The records of monitoring/rules.yaml, by the name that a signal has in the values.
+*/}}
+{{- define "llm.signals" -}}
+concurrency: "triton:requests:current"
+queueComputeRatio: "triton:queue_compute:ratio"
+kvCache: "triton:kv_cache:fraction"
+{{- end }}
+
+{{/*
+What KEDA asks, of a record over the Pods of this release: the sum, which an AverageValue divides by its target. A Pod
+that still starts adds nothing, so it is credited, and Pods are not asked for twice.
+
+  1  what each Pod has (max: two PodMonitors may scrape the same Pod)
+  2  a Pod without a value, for a minute: the last it had, at most the target. A Pod that has just ended is gone before
+     the minute is over, and must not count as full
+  3  then, while Prometheus still looks for it: the target, as the HorizontalPodAutoscaler counts a Pod without a value.
+     So what cannot be seen never makes the pool smaller; after an hour it is given up
+  4  NaN is no answer (`>= 0` drops it), and no answer is an error to KEDA, which changes nothing
+  5  nor is there one before Prometheus has known the release for a minute: one that comes back without its data sees
+     some of the Pods first
+*/}}
+{{- define "llm.query" -}}
+{{- $own := printf "{namespace=%q, app_kubernetes_io_instance=%q}" .root.Release.Namespace .root.Release.Name -}}
+{{- $record := print .record $own -}}
+sum(
+  max by (namespace, pod) ({{ $record }})
+  or
+  (
+    clamp_max(max by (namespace, pod) (last_over_time({{ $record }}[1m])), {{ .target }})
+    or
+    {{ .target }} * max by (namespace, pod) (present_over_time({{ $record }}[1h]))
+  )
+  and on (namespace, pod) up{{ $own }}
+) >= 0
+and group(present_over_time({{ $record }}[1h] offset 1m))
+{{- end }}
+
+{{/*
+How the pool changes, from how long a Pod takes to be ready.
+
+  up    at once; in the time of one start the pool at most doubles, or grows by four. Its Pods are credited meanwhile
+  down  to the most that was wanted within the time in which a Pod would be back: a start, and 60 for scrape, rules and
+        sync (45, rounded up). A Pod that is kept so long costs at most what its next start costs. Then straight there;
+        without `concurrency` by one Pod per window, since the other signals do not say how many Pods are needed: below
+        capacity the ratio is 0, which asks for none
+*/}}
+{{- define "llm.behavior" -}}
+{{- if .behavior -}}
+{{ toYaml .behavior }}
+{{- else -}}
+{{- $start := int .podStartSeconds -}}
+{{- $up := min (max 15 $start) 1800 -}}
+{{- $down := min (add $start 60) 3600 -}}
+scaleUp:
+  stabilizationWindowSeconds: 0
+  selectPolicy: Max
+  policies:
+    - {type: Pods, value: 4, periodSeconds: {{ $up }}}
+    - {type: Percent, value: 100, periodSeconds: {{ $up }}}
+scaleDown:
+  stabilizationWindowSeconds: {{ $down }}
+  selectPolicy: Max
+  policies:
+    {{- if .signals.concurrency }}
+    - {type: Percent, value: 100, periodSeconds: 15}
+    {{- else }}
+    - {type: Pods, value: 1, periodSeconds: {{ min $down 1800 }}}
+    {{- end }}
+{{- end }}
+{{- end }}

@@ -199,7 +199,7 @@ def test_the_examples_engine_fits(name: str):
         if product:
             (gpu,) = [gpu for gpu in sizes["gpus"] if gpu["product"] == product]
             assert gpu["asked"]["holds_all"], gpu["verdict"]
-            assert example["autoscaling"]["requestsPerPod"] <= plan.limits.max_batch_size
+            assert example["autoscaling"]["signals"]["concurrency"] < plan.limits.max_batch_size
         else:
             needed = sizes["weights"]["bytes"] + plan.limits.max_batch_size * sizes["kv_cache"]["bytes_per_sequence"]
             assert needed + 256e6 < int(example["resources"]["memory"].removesuffix("Gi")) * 2**30

@@ -55,7 +55,7 @@ def service(make_namespace: Callable[[str], Namespace], image_tag: str) -> Itera
     values = [
         "monitoring.enabled=true",
         "autoscaling.mode=keda",
-        "autoscaling.requestsPerPod=8",
+        "autoscaling.signals.concurrency=8",
         "engine.maxBatchSize=8",
     ]
     values += ["autoscaling.maxReplicas=2", "monitoring.scrapeInterval=5s", SMALL]
