@@ -110,16 +110,6 @@ def replicas_for_average_value(
     return min(math.ceil(total_milli / target_milli), _LIMITLESS)
 
 
-def replicas_for_value(
-    current: int, target_milli: int, value_milli: int | None, num_ready: int, behavior: Behavior
-) -> int | None:
-    """A metric of type External (or Object) with a Value. Pods that still start are not credited."""
-    if value_milli is None:
-        return None
-    ratio = value_milli / target_milli
-    return current if behavior.is_tolerable(ratio) else min(math.ceil(ratio * num_ready), _LIMITLESS)
-
-
 def largest(current: int, proposals: Sequence[int | None]) -> int | None:
     """Of several metrics the largest wins. One that cannot be read forbids to scale down. None: leave all as it is."""
     readable = [proposal for proposal in proposals if proposal is not None]

@@ -171,16 +171,6 @@ def total(values: Floats) -> float | None:
     return float(values.sum()) if len(values) else None
 
 
-def mean(values: Floats) -> float | None:
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else None
-
-
-def greatest(values: Floats) -> float | None:
-    values = values[~np.isnan(values)]
-    return float(values.max()) if len(values) else None
-
-
 def of(values: Floats, pods: Numbers) -> Floats:
     """Those that these Pods have; a Pod that is newer than the records has none."""
     found = values[pods[pods < len(values)]]

@@ -20,7 +20,6 @@ from autoscaling.hpa import (
     milli,
     replicas_for_average_value,
     replicas_for_pods,
-    replicas_for_value,
 )
 from autoscaling.offered_load import OfferedLoad
 from autoscaling.prometheus import NUM_PHASES, Prometheus, PrometheusSettings, Records, SignalName
@@ -31,8 +30,7 @@ Mode = Literal["keda", "hpa"]
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """keda: `concurrency` is an AverageValue of the sum, the other two are a Value of the mean and of the largest.
-    hpa: each is a Pods metric."""
+    """keda: an AverageValue of the sum over the Pods, as the chart's query. hpa: a Pods metric."""
 
     signal: SignalName
     value: float
@@ -220,11 +218,7 @@ class _Simulation:
                 num_pending=current - len(running),
             )
             return replicas_for_pods(current, goal, sample, behavior)
-        if target.signal == "concurrency":
-            answer = metrics.total(values)
-            return replicas_for_average_value(current, goal, _milli(answer), behavior)
-        answer = metrics.mean(values) if target.signal == "queueComputeRatio" else metrics.greatest(values)
-        return replicas_for_value(current, goal, _milli(answer), len(cluster.in_state("ready")), behavior)
+        return replicas_for_average_value(current, goal, _milli(metrics.total(values)), behavior)
 
     def _record(self) -> Generator[simpy.Event, Any, None]:
         environment, cluster, fleet = self._environment, self._cluster, self._fleet
@@ -250,15 +244,9 @@ class _Simulation:
             yield environment.timeout(self._timeline.interval_seconds)
 
     def _seen(self, target: Target, records: Records | None) -> float:
-        """The signal as a number per Pod, to draw it against its target."""
-        if records is None:
-            return float("nan")
-        values = records.values[target.signal]
-        if target.signal == "concurrency":
-            return (metrics.total(values) or 0.0) / self._cluster.num_pods
-        is_largest = target.signal == "kvCache" and self._setting.autoscaling.mode == "keda"
-        answer = metrics.greatest(values) if is_largest else metrics.mean(values)
-        return float("nan") if answer is None else answer
+        """The signal as a number per Pod, to draw it against its target. Pods that start are credited."""
+        answer = None if records is None else metrics.total(records.values[target.signal])
+        return float("nan") if answer is None else answer / self._cluster.num_pods
 
 
 def _milli(value: float | None) -> int | None:

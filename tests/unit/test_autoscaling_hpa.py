@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -18,7 +17,6 @@ from autoscaling.hpa import (
     milli,
     replicas_for_average_value,
     replicas_for_pods,
-    replicas_for_value,
 )
 
 BEHAVIOR = Behavior(min_replicas=1, max_replicas=1000)
@@ -104,11 +102,6 @@ def test_an_average_value_divides_the_total_whatever_the_number_of_pods(current:
     assert replicas_for_average_value(current, milli(10), milli(total), BEHAVIOR) == replicas
 
 
-def test_a_value_multiplies_the_ready_pods():
-    assert replicas_for_value(5, milli(1), milli(2), 3, BEHAVIOR) == 6
-    assert replicas_for_value(5, milli(1), milli(1.1), 3, BEHAVIOR) == 5
-
-
 def test_of_several_metrics_the_largest_wins():
     assert largest(2, [3, 5, 1]) == 5
 
@@ -185,8 +178,6 @@ def test_without_any_metric_nothing_changes():
 
 
 def test_a_sum_over_a_target_is_reached_in_one_step_and_not_exceeded():
-    """Pods that start are credited, whichever of the two forms is used; a Value climbs while they load."""
+    """Pods that start are credited, whichever of the two forms is used."""
     assert pods(5, 10, [48], missing=2, pending=2) == 5
     assert replicas_for_average_value(5, milli(10), milli(48), BEHAVIOR) == 5
-    assert replicas_for_value(5, milli(1), milli(4.8), 1, BEHAVIOR) == 5
-    assert replicas_for_value(5, milli(1), milli(4.8), 2, BEHAVIOR) == math.ceil(9.6)
