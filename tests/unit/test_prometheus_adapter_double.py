@@ -7,12 +7,15 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+import yaml
 from prometheus_adapter import Metrics, StatusError, Values, ValuesError, quantity
 
+ROOT = Path(__file__).resolve().parents[2]
 METRIC = "triton:requests:current"
 RULE = {
     "seriesQuery": METRIC + '{namespace!="",pod!=""}',
@@ -160,3 +163,10 @@ def wrong(path: str, value: Any) -> dict[str, Any]:
 def test_what_it_does_not_know_is_an_error(path: str, value: Any, sentence: str):
     with pytest.raises(ValuesError, match=sentence):
         Values.read(wrong(path, value))
+
+
+def test_the_values_file_of_the_project_is_read():
+    values = Values.read(yaml.safe_load((ROOT / "monitoring/prometheus-adapter.yaml").read_text()))
+    records = ("triton:requests:current", "triton:queue_compute:ratio", "triton:kv_cache:fraction")
+    assert {rule.metric(record) for rule in values.rules for record in records} >= {*records}
+    assert all("<<" not in rule.query("x", "ns", ["a", "b"]) for rule in values.rules)
