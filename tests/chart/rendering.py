@@ -14,14 +14,17 @@ CHART = ROOT / "chart"
 GOLDEN = Path(__file__).with_name("golden")
 EXAMPLES = {path.stem: path for path in sorted((CHART / "examples").glob("*.yaml"))}
 
+MONITORING = {"enabled": True, "rules": False, "dashboard": False, "labels": {"release": "prometheus"}}
+SIGNALS = {"concurrency": 28, "queueComputeRatio": 1, "kvCache": 0.8}
+
 # Every switch, on top of an example. Rules and dashboard are files of their own, which tests compare elsewhere.
 SWITCHES = {
-    "autoscaling": {"mode": "keda"},
+    "autoscaling": {"mode": "keda", "signals": SIGNALS},
     "client": {"enabled": True},
     "gateway": {"enabled": True, "name": "gateway", "host": "llm.example"},
     "imagePullSecrets": ["registry"],
     "ingress": {"enabled": True, "host": "llm.example", "tlsSecret": "tls", "className": "nginx"},
-    "monitoring": {"enabled": True, "rules": False, "dashboard": False, "labels": {"release": "prometheus"}},
+    "monitoring": MONITORING,
     "networkPolicy": {"enabled": True},
     "rollout": "inPlace",
     "serveArguments": ["--quiet"],
@@ -30,6 +33,7 @@ SWITCHES = {
 GOLDEN_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in EXAMPLES},
     "every-switch": ("llama-3.1-70b-4xh100", SWITCHES),
+    "hpa": ("llama-3.1-8b-h100", {"autoscaling": {"mode": "hpa", "signals": SIGNALS}, "monitoring": MONITORING}),
     "baked": ("demo-cpu", {"engine": {"source": "image"}, "model": {"checkpoint": ""}}),
 }
 

@@ -5,6 +5,7 @@ KEDA's queries are taken from the rendered ScaledObject and answered by promtool
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import packed_binaries
 import pytest
 import yaml
-from rendering import ROOT, RefusedError, render, render_text
+from rendering import CHART, EXAMPLES, ROOT, RefusedError, render, render_text
 
 RECORDS = {
     "concurrency": "triton:requests:current",
@@ -152,6 +153,39 @@ def test_values_that_make_no_sense_get_a_sentence(helm: Path, values: dict[str, 
 
 def test_signals_and_slots_are_no_contradiction_without_an_autoscaler(helm: Path):
     render(helm, values={"engine": {"maxBatchSize": 8}, "autoscaling": {"signals": {"concurrency": 12}}})
+
+
+def notes(helm: Path, folder: Path, values: dict[str, Any]) -> str:
+    """`helm template` leaves NOTES.txt out, so a copy of the chart has them in an object."""
+    copy = shutil.copytree(CHART, folder / "chart")
+    (copy / "templates/notes.yaml").write_text(
+        'kind: Notes\ntext: {{ include (print .Template.BasePath "/NOTES.txt") . | quote }}\n'
+    )
+    command = [helm, "template", "llm", copy, "--namespace=models", "--kube-version=1.35.0"]
+    done = subprocess.run(
+        [*command, "--values", EXAMPLES["demo-cpu"], "--values=-", "--show-only=templates/notes.yaml"],
+        input=yaml.safe_dump(values),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return yaml.safe_load(done.stdout)["text"]
+
+
+@pytest.mark.parametrize("mode", ["none", "keda", "hpa"])
+def test_the_notes_say_how_to_see_why_it_scales(helm: Path, tmp_path: Path, mode: str):
+    said = notes(helm, tmp_path, autoscaling(mode, "concurrency"))
+    is_scaled = mode != "none"
+    assert ("kubectl -n models describe hpa llm" in said) is is_scaled
+    assert ("kubectl -n models get scaledobject llm" in said) is (mode == "keda")
+    assert ("/namespaces/models/pods/*/triton:requests:current'" in said) is (mode == "hpa")
+    assert ('triton:requests:current{namespace="models", app_kubernetes_io_instance="llm"}' in said) is is_scaled
+
+
+@pytest.mark.parametrize("signals", COMBINATIONS, ids="+".join)
+def test_the_notes_warn_of_a_ratio_alone(helm: Path, tmp_path: Path, signals: list[str]):
+    said = notes(helm, tmp_path, autoscaling("keda", *signals))
+    assert ("shrinks until there is a queue again" in said) is (signals == ["queueComputeRatio"])
 
 
 # ---- the load client is measured

@@ -41,7 +41,7 @@ def service(make_namespace: Callable[[str], Namespace], image_tag: str) -> Itera
     node = namespace.ready_pods()[0]["spec"]["nodeName"]
     load = Load(namespace, image_tag, "watched", MODEL, node=node, tokens=(20, 60), streams=8, whole=2)
     load.running()
-    until("an autoscaler that has a number", lambda: scaler(namespace)["status"].get("currentMetrics"), 120)
+    until("an autoscaler that has a number", lambda: scaler(namespace)["status"].get("currentMetrics"), 180)
     until("two servers", lambda: scaler(namespace)["status"].get("desiredReplicas") == 2, 120)
     play_kube_state_metrics(namespace, image_tag)
     until("kube-state-metrics", lambda: ask(f'kube_pod_created{{namespace="{namespace.name}"}}'), 120)
