@@ -22,7 +22,7 @@ def api_server() -> str | None:
     """Who serves custom.metrics.k8s.io."""
     services = json.loads(kubectl("get", "apiservices", "--output", "json"))["items"]
     for service in services:
-        if service["spec"]["group"] == prometheus_adapter.GROUP:
+        if service["spec"].get("group") == prometheus_adapter.GROUP:
             return "{namespace}/{name}".format(**service["spec"]["service"])
     return None
 
