@@ -74,8 +74,10 @@ class Load:
         streams: int = 12,
         whole: int = 4,
         grpc_options: tuple[str, ...] = (),
+        name: str = "",
     ):
         self._namespace, self._image = namespace, f"triton-trtllm/client:{image_tag}"
+        self._prefix = f"{name}-" if name else ""  # for several at a time
         self._node, self._names = node, []
         least, most = tokens
         grpc = [f"--url={release}:8001", f"--model={model}", "--retries=20", "--end-id=-1", "--input-tokens=8"]
@@ -86,6 +88,7 @@ class Load:
         self._start("http", ["python", "-c", HTTP_LOAD.read_text(), *http])
 
     def _start(self, name: str, command: list[str]) -> None:
+        name = self._prefix + name
         pod = pod_of(name, self._image, ["sh", "-c", _KEEPER, "-", *command], cpu="1")
         pod["spec"]["nodeSelector"] = {"kubernetes.io/hostname": self._node}
         pod["spec"]["terminationGracePeriodSeconds"] = 1

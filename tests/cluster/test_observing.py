@@ -6,42 +6,20 @@ API server says of this test's Pods and autoscaler; there is no GPU, so the pane
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any
-from urllib.parse import quote
 
 import dashboard
 import pytest
-from cluster_client import SERVER, Namespace, kubectl, pod_of, until
+from cluster_client import SERVER, Namespace, kubectl, until
 from loads import Load
+from prometheus import api, ask, exporter, monitor
 
-PROMETHEUS = os.environ.get("TEST_PROMETHEUS", "monitoring/services/prometheus-operated:9090")
 KINDS = {"podmonitors", "prometheusrules", "scaledobjects"}
 MODEL = "demo-gpt2"
 SMALL = "resources.cpu=500m"
-
-
-def ask(query: str) -> list[dict[str, Any]]:
-    path = f"/api/v1/namespaces/{PROMETHEUS}/proxy/api/v1/query?query={quote(query, safe='')}"
-    answer = json.loads(kubectl("get", "--raw", path))
-    assert answer["status"] == "success", answer
-    return answer["data"]["result"]
-
-
-# Of the Pod that plays kube-state-metrics.
-MONITOR = {
-    "apiVersion": "monitoring.coreos.com/v1",
-    "kind": "PodMonitor",
-    "metadata": {"name": "kube-state"},
-    "spec": {
-        "selector": {"matchLabels": {"test": "kube-state"}},
-        "podMetricsEndpoints": [{"port": "state", "honorLabels": True}],
-    },
-}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +29,7 @@ def service(make_namespace: Callable[[str], Namespace], image_tag: str) -> Itera
     if missing := KINDS - installed:
         pytest.skip(f"the cluster has no {', '.join(sorted(missing))}")
     namespace = make_namespace("privileged")
-    namespace.apply(MONITOR)  # Prometheus takes up to two minutes to read a new configuration
+    namespace.apply(monitor("kube-state"))
     values = [
         "monitoring.enabled=true",
         "autoscaling.mode=keda",
@@ -96,23 +74,7 @@ def play_kube_state_metrics(namespace: Namespace, image_tag: str) -> None:
             of_container = f'{{{labels},container="{status["name"]}"}}'
             lines.append(f"kube_pod_container_status_running{of_container} {int('running' in status['state'])}")
             lines.append(f"kube_pod_container_status_ready{of_container} {int(status['ready'])}")
-    serve = (
-        "import http.server, sys\n"
-        "class Handler(http.server.BaseHTTPRequestHandler):\n"
-        "    def do_GET(self):\n"
-        "        self.send_response(200)\n"
-        "        self.send_header('Content-Type', 'text/plain; version=0.0.4')\n"
-        "        self.end_headers()\n"
-        "        self.wfile.write(sys.argv[1].encode())\n"
-        "http.server.ThreadingHTTPServer(('', 8080), Handler).serve_forever()\n"
-    )
-    pod = pod_of(
-        "kube-state",
-        f"triton-trtllm/client:{image_tag}",
-        ["python3", "-c", serve, "\n".join(lines) + "\n"],
-        ports=[{"name": "state", "containerPort": 8080}],
-    )
-    namespace.apply(pod)
+    exporter(namespace, image_tag, "kube-state", lines)
 
 
 def seconds(timestamp: str) -> float:
@@ -146,9 +108,7 @@ def test_every_variable_of_the_dashboard_has_values(service: Namespace, name: st
 
 
 def test_prometheus_has_every_rule_and_none_fails(service: Namespace):
-    path = f"/api/v1/namespaces/{PROMETHEUS}/proxy/api/v1/rules"
-    groups = json.loads(kubectl("get", "--raw", path))["data"]["groups"]
-    ours = [group for group in groups if service.name in group["file"]]
+    ours = [group for group in api("rules")["groups"] if service.name in group["file"]]
     assert {group["name"] for group in ours} >= {"triton-now", "triton-ended", "triton-kubernetes", "triton-objectives"}
     assert [rule["name"] for group in ours for rule in group["rules"] if rule["health"] == "err"] == []
 
