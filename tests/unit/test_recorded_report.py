@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -86,3 +87,15 @@ def test_files_and_table(raw: dict[str, Any], tmp_path: Path):
     table = write_all(raw, tmp_path / "run")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json", "run.png", "run.recorded.json"]
     assert "3 requests (3 that clients say they sent), 1 not answered" in table
+
+
+RECORDED = sorted((Path(__file__).parents[2] / "docs/autoscaling").glob("*.raw.json.gz"))
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.name.partition(".")[0])
+def test_reports_in_the_docs_are_what_their_raw_data_say(path: Path):
+    with gzip.open(path, "rt") as file:
+        raw = json.load(file)
+    assert len(raw["requests"]) == sum(raw["sent_by_client"].values())
+    for suffix, content in (("json", make_report(raw)), ("recorded.json", recorded_run(raw))):
+        assert json.loads(path.with_name(path.name.replace("raw.json.gz", suffix)).read_text()) == content
