@@ -47,12 +47,12 @@ VALUES: dict[str, Any] = {
         "maxBatchSize": 8,
         "buildArguments": ["--synthetic", "tokens_per_second=20"],
     },
-    "resources": {"cpu": "400m", "memory": "512Mi"},
+    "resources": {"cpu": "300m", "memory": "512Mi"},
     "builderResources": {"cpu": "400m", "memory": "512Mi"},
     "sharedMemory": "128Mi",
     "autoscaling": {"mode": "keda", "maxReplicas": 4},
     "monitoring": {"enabled": True, "scrapeInterval": "5s", "dashboard": False},
-    "client": {"enabled": True, "replicas": 0, "resources": {"cpu": "400m", "memory": "256Mi"}},
+    "client": {"enabled": True, "replicas": 0, "resources": {"cpu": "200m", "memory": "256Mi"}},
 }
 # What Prometheus knows of the run, one series each. The rest of the picture is in the requests and the Pods.
 QUERIES = {
@@ -243,7 +243,8 @@ def install(recording: Recording, arguments: argparse.Namespace) -> None:
     deadline = time.monotonic() + 300
     while True:
         found = json.loads(recording.kubectl("get", "hpa", "--output", "json"))["items"]
-        if found and found[0]["status"].get("currentMetrics"):
+        conditions = found[0]["status"].get("conditions", []) if found else []
+        if any(c["type"] == "ScalingActive" and c["status"] == "True" for c in conditions):
             return
         if time.monotonic() > deadline:
             raise CommandError(

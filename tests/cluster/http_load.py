@@ -13,6 +13,7 @@ import http.client
 import json
 import random
 import signal
+import socket
 import sys
 import threading
 import time
@@ -40,6 +41,20 @@ def count(name: str, example: str = "") -> None:
         counts[name] += 1
         if example:
             examples.setdefault(name, example)
+
+
+def connect(address: str) -> http.client.HTTPConnection:
+    """With keepalive: from a node that has vanished nothing comes, no error either, and a stream would wait for it."""
+    connection = http.client.HTTPConnection(address, timeout=5)
+    connection.connect()
+    connection.sock.settimeout(150)
+    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
+        connection.sock.setsockopt(socket.IPPROTO_TCP, option, 5)
+    connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2)
+    # The same for what has been sent and is not acknowledged: keepalive is silent meanwhile.
+    connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 15_000)
+    return connection
 
 
 class Client:
@@ -74,9 +89,9 @@ class Client:
         raise AssertionError
 
     def _ask_once(self, body: bytes) -> None:
-        if self._connection is None:
-            self._connection = http.client.HTTPConnection(self._address, timeout=150)
         try:
+            if self._connection is None:
+                self._connection = connect(self._address)
             self._connection.request("POST", self._path, body, {"Content-Type": "application/json"})
             response = self._connection.getresponse()
         except (OSError, http.client.HTTPException) as error:

@@ -159,40 +159,64 @@ def test_a_build_that_is_killed_leaves_nothing_harmful(privileged: Namespace):
     privileged.helm("uninstall", "killed", "--wait=false")
 
 
+A10G = {
+    "engine": "tensorrt",
+    "gpu": {"product": "NVIDIA-A10G", "compute_capability": "8.6"},
+    "versions": {"tensorrt_llm": "1.2.1", "tensorrt": "10.14.1.48"},
+}
+# By what the Pod's machine is said to have: the engine's manifest, nvidia-smi's answer, the Pod's message.
 REFUSED_ENGINES = {
-    "gpu": (
-        {"engine": "tensorrt", "gpu": {"product": "NVIDIA-A10G", "compute_capability": "8.6"}},
-        "the engine is of the kind tensorrt and TensorRT-LLM is not installed here; ",
+    "another GPU": (
+        A10G,
+        "0, GPU-1, NVIDIA H100 80GB HBM3, 9.0, 81559",
+        "the engine was built for NVIDIA-A10G (8.6) with TensorRT-LLM 1.2.1; this machine has "
+        "NVIDIA-H100-80GB-HBM3 (9.0); rebuild with --gpu NVIDIA-H100-80GB-HBM3",
     ),
-    "version": (
+    "no TensorRT-LLM": (A10G, "", "the engine is of the kind tensorrt and TensorRT-LLM is not installed here; "),
+    "another version": (
         {"versions": {"openvino": "2099.1.0"}},
+        "",
         "the engine was built with OpenVINO 2099.1.0; this machine has OpenVINO 2026.4.1; ",
     ),
 }
+# Serves the baked engine with another manifest. With a second argument on a machine that has an nvidia-smi with this
+# answer, and the records and the folder by which an installed TensorRT-LLM is known; nothing of it is ever imported.
+SERVE_OTHER = """
+import json, os, pathlib, shutil, sys, sysconfig, venv
+shutil.copytree('/models/demo-gpt2', '/tmp/other')
+path = pathlib.Path('/tmp/other/tensorrt_llm/1/engine/engine.json')
+path.write_text(json.dumps(json.loads(path.read_text()) | json.loads(sys.argv[1])))
+python, gpu = sys.executable, sys.argv[2]
+if gpu:
+    venv.create('/tmp/environment')
+    (packages,) = pathlib.Path('/tmp/environment/lib').glob('python*/site-packages')
+    (packages / 'image.pth').write_text(sysconfig.get_path('purelib'))
+    (packages / 'tensorrt_llm/_tensorrt_engine').mkdir(parents=True)
+    for name, version in (('tensorrt_llm', '1.2.1'), ('tensorrt', '10.14.1.48')):
+        (packages / f'{name}-{version}.dist-info').mkdir()
+        (packages / f'{name}-{version}.dist-info/METADATA').write_text(f'Name: {name}\\nVersion: {version}\\n')
+    smi, python = pathlib.Path('/tmp/environment/bin/nvidia-smi'), '/tmp/environment/bin/python3'
+    smi.write_text(f'#!/bin/sh\\necho "{gpu}"\\n')
+    smi.chmod(0o755)
+    os.environ['PATH'] = f'{smi.parent}:' + os.environ['PATH']
+os.execv(python, [python, '/opt/triton-trtllm/scripts/serve.py', '/tmp/other'])
+"""
 
 
 @pytest.mark.parametrize("reason", REFUSED_ENGINES)
 def test_an_engine_that_does_not_fit_is_refused_in_the_pods_status(restricted: Namespace, image_tag: str, reason: str):
-    """The baked engine with another manifest. Which GPU it is for is looked at where TensorRT-LLM is (unit tests)."""
-    manifest, sentence = REFUSED_ENGINES[reason]
-    change = (
-        "import json, os, pathlib, shutil, sys; "
-        "shutil.copytree('/models/demo-gpt2', '/tmp/other'); "
-        "path = pathlib.Path('/tmp/other/tensorrt_llm/1/engine/engine.json'); "
-        "path.write_text(json.dumps(json.loads(path.read_text()) | json.loads(sys.argv[1]))); "
-        "serve = '/opt/triton-trtllm/scripts/serve.py'; "
-        "os.execv(sys.executable, [sys.executable, serve, '/tmp/other'])"
-    )
+    manifest, gpu, sentence = REFUSED_ENGINES[reason]
+    name = f"refused-{reason.replace(' ', '-').lower()}"
     pod = pod_of(
-        f"refused-{reason}",
+        name,
         f"triton-trtllm/server-demo:{image_tag}",
-        ["python3", "-c", change, json.dumps(manifest)],
+        ["python3", "-c", SERVE_OTHER, json.dumps(manifest), gpu],
         cpu="1",
         env=[{"name": "TERMINATION_MESSAGE_PATH", "value": "/dev/termination-log"}],
     )
     restricted.apply(pod)
-    restricted.ended(f"refused-{reason}", 60)
-    (message,) = messages(restricted.get("pod", f"refused-{reason}"))
+    restricted.ended(name, 60)
+    (message,) = messages(restricted.get("pod", name))
     assert message.startswith(sentence)
 
 
