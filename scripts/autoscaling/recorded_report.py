@@ -41,7 +41,10 @@ def make_report(raw: dict[str, Any]) -> dict[str, Any]:
         "overshoot": max(int(_column(raw, 1).max()) - needed, 0),
         "changes_of_replicas": int((np.diff(_column(raw, 1)) != 0).sum()),
         "pod_start_seconds": _spread([p["ready"] - p["created"] for p in raw["pods"].values() if "ready" in p]),
-        "reaction_seconds": _spread([s["reaction_seconds"] for s in steps if s["reaction_seconds"] is not None]),
+        "reaction_seconds": {
+            name: _spread([s["reaction_seconds"] for s in steps if s["reaction_seconds"] is not None and s["up"] is up])
+            for name, up in (("up", True), ("down", False))
+        },
         "serving_seconds": _spread([s["serving_seconds"] for s in steps if s["serving_seconds"] is not None]),
         "steps": steps,
     }
@@ -73,6 +76,7 @@ def _step(raw: dict[str, Any], number: int) -> dict[str, Any]:
         "begins_seconds": round(time - raw["began"], 1),
         "clients": clients,
         "users": clients * raw["users_per_client"],
+        "up": bool(sign > 0),
         "wanted_at_end": int(wanted[inside][-1]) if inside.any() else None,
         "ready_at_end": int(ready[inside][-1]) if inside.any() else None,
         "reaction_seconds": reaction,
@@ -139,7 +143,8 @@ def summary(report: dict[str, Any]) -> str:
         f"first token, s: {report['time_to_first_token_seconds']}",
         f"replicas: most {report['most_replicas']}, needed {report['most_needed']}, overshoot {report['overshoot']}, "
         f"{report['changes_of_replicas']} changes; Pod start, s: {report['pod_start_seconds']}",
-        f"reaction, s: {report['reaction_seconds']}; from wanted to ready, s: {report['serving_seconds']}",
+        f"reaction, s: up {report['reaction_seconds']['up']}, down {report['reaction_seconds']['down']}",
+        f"from wanted to ready, s: {report['serving_seconds']}",
         "   at s  users  wanted  ready  reaction  serving  settled  tokens/s  first token p50, p95",
     ]
     for step in report["steps"]:

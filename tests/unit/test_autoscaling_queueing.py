@@ -156,6 +156,24 @@ def test_users_who_do_not_think_are_always_in_the_server(users: int):
     assert load.concurrency(server(8), np.array([50.0]))[0] == pytest.approx(users)
 
 
+def test_users_come_again_at_every_step_however_many_there_were():
+    """Sums of seconds like these are a little more or less than what is left of the whole."""
+    lengths = parse_lengths(str(TOKENS_PER_SECOND + 1))  # a second
+    steps, seconds = 400, 2.01
+    load = ClosedLoad(
+        description="",
+        seconds=steps * seconds,
+        users=parse_schedule(",".join([f"1@{seconds}s,3@{seconds}s"] * (steps // 2)), whole=True),
+        input_lengths=lengths,
+        output_lengths=lengths,
+        think_seconds=0,
+        seed=1,
+    )
+    arrivals = answers(load, server(8))[0]
+    rises = np.arange(1, steps, 2) * seconds
+    assert all((np.abs(arrivals - rise) < 1e-3).sum() >= 2 for rise in rises)
+
+
 def test_by_request_pods_share_evenly_and_by_connection_they_do_not():
     """One queue less: choosing the emptier of two waits less than taking turns, and that less than connections."""
     load = poisson_load(4 * 8 * 0.85, np.random.default_rng(5).exponential(1.0, 50_000))

@@ -54,6 +54,7 @@ def test_times_of_the_loop(raw: dict[str, Any]):
     assert (fall["reaction_seconds"], fall["serving_seconds"]) == (90.0, None)
     assert report["pod_start_seconds"] == {"number": 1, "median": 7.0, "min": 7.0, "max": 7.0}
     assert report["changes_of_replicas"] == 2
+    assert [report["reaction_seconds"][name]["median"] for name in ("up", "down")] == [12.0, 90.0]
 
 
 @pytest.mark.parametrize(("target", "needed", "overshoot"), [("12", 2, 0), ("21", 1, 1)])
