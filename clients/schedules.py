@@ -64,10 +64,11 @@ class Schedule:
         """What is offered at this time after the start; 0 after the end."""
         if self.repeats:
             seconds %= self._seconds_of_steps
+        begin = 0.0  # summed as in from_start, so that a step begins in both at the same instant
         for step in self.steps:
-            if seconds < step.seconds:
-                return step.level(seconds)
-            seconds -= step.seconds
+            if seconds < begin + step.seconds:
+                return step.level(seconds - begin)
+            begin += step.seconds
         return 0.0
 
     def from_start(self) -> Iterator[tuple[float, Step]]:

@@ -21,7 +21,6 @@ Pattern = Literal["step", "ramp", "burst", "sawtooth", "day"]
 CHARACTERS_PER_TOKEN = 4  # of a prompt that a trace has as text: there is no tokenizer here
 
 _BATCH = 4096  # drawn at once
-_AFTER = 1e-6
 
 
 class OfferedLoad(Protocol):
@@ -135,8 +134,7 @@ class _ClosedSource:
                     heappush(asking, join)
                 continue
             time, user = heappop(asking)
-            # Just after: where a step begins, sums of seconds may say that it is still the one before.
-            if user >= math.floor(users.level(time + _AFTER) + 1e-9):
+            if user >= math.floor(users.level(time) + 1e-9):
                 self._present.discard(user)
                 continue
             if not self._questions:
