@@ -8,7 +8,7 @@ IMAGES ?= server-cpu builder client
 IMAGE_TAG ?= dev
 IMAGE_BUILD ?= docker build
 
-.PHONY: help install demo serve load images image-demo chart test test-cluster drain autoscaling bench fuzz soak lint format clean
+.PHONY: help install demo serve load images image-demo chart test cluster-images test-cluster drain autoscaling bench fuzz soak lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -59,8 +59,10 @@ image-demo: ## the CPU server with the demo's engine baked in
 	docker build --file containerfiles/server-cpu.Containerfile --tag triton-trtllm/server-demo:$(IMAGE_TAG) \
 		--build-arg REPOSITORIES=out/image --build-arg PIP_INDEX_URL --build-arg PIP_EXTRA_INDEX_URL $(IMAGE_ARGS) .
 
-test-cluster: install images image-demo ## the chart on the cluster of KUBECONFIG, in namespaces of its own, half an hour; ARGS="-m 'not figures'": less
+cluster-images: install images image-demo ## build the images and load them onto the cluster's nodes
 	docker save $(CLUSTER_IMAGES) | $(CLUSTER_LOAD)
+
+test-cluster: cluster-images ## the chart on the cluster of KUBECONFIG, in namespaces of its own, half an hour; ARGS="-m 'not figures'": less
 	TEST_KUBECONFIG=$(KUBECONFIG) TEST_IMAGE_TAG=$(IMAGE_TAG) $(IN_VENV) -m pytest -s tests/cluster $(ARGS)
 
 drain: ## 100 scale-downs, rolling updates and kubectl drains under load; after test-cluster, whose images it uses
