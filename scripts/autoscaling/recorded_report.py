@@ -176,15 +176,19 @@ def _draw(raw: dict[str, Any], report: dict[str, Any], path: Path) -> None:
     began = raw["began"]
     minutes = (_column(raw, 0) - began) / 60
     figure, (load, ratio, waiting, replicas, tokens, delay) = plt.subplots(6, 1, figsize=(11, 13), sharex=True)
-    figure.suptitle(f"{raw['signals']}, {report['requests']['all']} requests, {report['not_answered']} not answered")
+    signals = ", ".join(f"{name}: {target}" for name, target in raw["signals"].items())
+    figure.suptitle(f"{signals}; {report['requests']['all']} requests, {report['not_answered']} not answered")
     load.step(minutes, _column(raw, 3) * raw["users_per_client"], where="post", color="black")
     load.set_ylabel("users")
     for axes, name, label in (
         (ratio, "queue_compute_ratio", "queue to compute"),
         (waiting, "requests_waiting", "requests waiting"),
     ):
-        _line(axes, raw, name)
+        _line(axes, raw, name, label=label)
         axes.set_ylabel(label)
+    if "kvCache" in raw["signals"]:
+        _line(ratio, raw, "kv_cache_fraction", label="KV cache, fullest Pod", linestyle="--")
+        ratio.legend(loc="upper left", fontsize="small")
     replicas.step(minutes, _column(raw, 1), where="post", label="wanted")
     replicas.step(minutes, _column(raw, 2), where="post", label="ready", linestyle="--")
     replicas.set_ylabel("Pods")
@@ -211,9 +215,9 @@ def _draw(raw: dict[str, Any], report: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _line(axes: Any, raw: dict[str, Any], name: str) -> None:
+def _line(axes: Any, raw: dict[str, Any], name: str, **style: Any) -> None:
     samples = np.array(raw["prometheus"][name]["values"], dtype=float).reshape(-1, 2)
-    axes.plot((samples[:, 0] - raw["began"]) / 60, samples[:, 1])
+    axes.plot((samples[:, 0] - raw["began"]) / 60, samples[:, 1], **style)
 
 
 def _first_tokens(raw: dict[str, Any]) -> tuple[np.ndarray, list[float], list[float]]:
