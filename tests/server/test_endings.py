@@ -228,8 +228,8 @@ def test_sigterm_serves_those_that_wait_and_refuses_those_that_come(
         read = server.metric("nv_inference_request_success", model="preprocessing")
         futures = [pool.submit(grpc_stream, server, **PROMPT) for _ in range(12)]
         # All have come: five are in the engine, one is at its door, the others wait in Triton's queue.
+        wait_for(lambda: server.metric("nv_inference_pending_request_count", model="tensorrt_llm") >= 6)
         wait_for(lambda: server.metric("nv_inference_request_success", model="preprocessing") == read + 12)
-        assert server.metric("nv_inference_pending_request_count", model="tensorrt_llm") >= 1
         server.process.terminate()
         wait_for(lambda: "serve: ending" in server.log.read_text())
         with pytest.raises(ServerError, match="the server is shutting down; send the request again"):
