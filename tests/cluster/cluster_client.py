@@ -81,17 +81,13 @@ class Namespace:
     def ready_pods(self) -> list[dict[str, Any]]:
         return [pod for pod in self.pods() if is_ready(pod)]
 
-    def log(self, pod: str, container: str = "server") -> str:
-        return self.kubectl("logs", pod, "--container", container)
-
-    def run_to_end(self, pod: dict[str, Any], seconds: float) -> str:
-        """Run a Pod; its log. Fails when the Pod does."""
+    def run_to_end(self, pod: dict[str, Any], seconds: float) -> None:
+        """Run a Pod. Fails when the Pod does."""
         name = pod["metadata"]["name"]
         self.apply(pod)
         self.ended(name, seconds)
-        log = self.kubectl("logs", name)
-        assert self.get("pod", name)["status"]["phase"] == "Succeeded", log
-        return log
+        if self.get("pod", name)["status"]["phase"] != "Succeeded":
+            raise AssertionError(self.kubectl("logs", name))
 
     def ended(self, name: str, seconds: float) -> None:
         def has_ended() -> bool:
