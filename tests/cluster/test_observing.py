@@ -13,6 +13,7 @@ from typing import Any
 
 import dashboard
 import pytest
+from autoscaled import lost
 from cluster_client import SERVER, Namespace, kubectl, until
 from loads import Load
 from prometheus import api, ask, exporter, monitor
@@ -23,8 +24,8 @@ SMALL = "resources.cpu=500m"
 
 
 @pytest.fixture(scope="module")
-def service(make_namespace: Callable[[str], Namespace], image_tag: str) -> Iterator[Namespace]:
-    """A release `watched` under a short load, scraped and scaled."""
+def watched(make_namespace: Callable[[str], Namespace]) -> Iterator[Namespace]:
+    """A release of this name, of one Pod, scraped and scaled; no window hides what its autoscaler thinks."""
     installed = {line.split(".")[0] for line in kubectl("api-resources", "--output=name").split()}
     if missing := KINDS - installed:
         pytest.skip(f"the cluster has no {', '.join(sorted(missing))}")
@@ -37,18 +38,29 @@ def service(make_namespace: Callable[[str], Namespace], image_tag: str) -> Itera
         "engine.maxBatchSize=8",
     ]
     values += ["autoscaling.maxReplicas=2", "monitoring.scrapeInterval=5s", SMALL]
+    values += ["autoscaling.behavior.scaleDown.stabilizationWindowSeconds=0"]
     namespace.install("watched", *values, f"engine.node.path=/mnt/node/{namespace.name}", wait=240)
-    node = namespace.ready_pods()[0]["spec"]["nodeName"]
-    load = Load(namespace, image_tag, "watched", MODEL, node=node, tokens=(20, 60), streams=8, whole=2)
-    load.running()
-    until("an autoscaler that has a number", lambda: scaler(namespace)["status"].get("currentMetrics"), 180)
-    until("two servers", lambda: scaler(namespace)["status"].get("desiredReplicas") == 2, 120)
-    play_kube_state_metrics(namespace, image_tag)
-    until("kube-state-metrics", lambda: ask(f'kube_pod_created{{namespace="{namespace.name}"}}'), 120)
-    time.sleep(20)  # for the rules that read it
     yield namespace
-    load.stop()
     namespace.helm("uninstall", "watched", "--wait=false")
+
+
+@pytest.fixture(scope="module")
+def load(watched: Namespace, image_tag: str) -> Load:
+    (pod,) = watched.ready_pods()
+    load = Load(watched, image_tag, "watched", MODEL, node=pod["spec"]["nodeName"], tokens=(20, 60), streams=8, whole=2)
+    load.running()
+    return load
+
+
+@pytest.fixture(scope="module")
+def service(watched: Namespace, load: Load, image_tag: str) -> Namespace:
+    """The release with two Pods, under the load."""
+    until("an autoscaler that has a number", lambda: scaler(watched)["status"].get("currentMetrics"), 180)
+    until("two servers", lambda: scaler(watched)["status"].get("desiredReplicas") == 2, 120)
+    play_kube_state_metrics(watched, image_tag)
+    until("kube-state-metrics", lambda: ask(f'kube_pod_created{{namespace="{watched.name}"}}'), 120)
+    time.sleep(20)  # for the rules that read it
+    return watched
 
 
 def scaler(namespace: Namespace) -> dict[str, Any]:
@@ -118,3 +130,10 @@ def test_the_autoscaler_scales_on_requests(service: Namespace):
     assert len(service.pods(f"app.kubernetes.io/instance=watched,{SERVER}")) == 2
     conditions = {found["type"]: found["status"] for found in scaler(service)["status"]["conditions"]}
     assert conditions["ScalingActive"] == "True"
+
+
+def test_it_goes_back_to_one_without_a_broken_answer(service: Namespace, load: Load):
+    """The last of the story: nobody asks any more."""
+    assert lost(load.stop()) == 0
+    until("one server", lambda: scaler(service)["status"].get("desiredReplicas") == 1, 120)
+    until("the other has drained", lambda: len(service.pods(f"app.kubernetes.io/instance=watched,{SERVER}")) == 1, 120)
