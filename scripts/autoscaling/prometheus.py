@@ -24,9 +24,8 @@ RECORDS: dict[SignalName, str] = {
 
 NUM_PHASES = 5  # Prometheus spreads its targets over the interval; a Pod is in one of so many parts of it
 
-_SHORT_RATE, _LONG_RATE = 60.0, 300.0  # rate(...[1m]) or rate(...[5m])
+_LONG_RATE = 300.0  # rate(...[5m]), where the short window has fewer than two samples
 _WAITING_RUNNING_WINDOW = 120.0
-_CURRENT_WINDOW = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +33,11 @@ class PrometheusSettings:
     scrape_seconds: float = 15.0
     evaluation_seconds: float = 15.0  # the interval of the group triton-now
     delay_seconds: float = 0.0  # of an adapter, or of KEDA's cache: how old an answer may be
+
+    @property
+    def window_seconds(self) -> float:
+        """[1m] of monitoring/rules.yaml, which is four scrapes in the chart: its templates/monitoring.yaml."""
+        return min(max(4 * self.scrape_seconds, 30.0), 60.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +58,7 @@ class Prometheus:
         self._fleet = fleet
         self._slots = fleet.model.slots
         self._num_rows = math.ceil(_LONG_RATE / settings.scrape_seconds) + 2
-        self._num_short_rows = min(self._num_rows, math.ceil(_SHORT_RATE / settings.scrape_seconds) + 2)
+        self._num_short_rows = min(self._num_rows, math.ceil(settings.window_seconds / settings.scrape_seconds) + 2)
         evaluations = math.ceil(_WAITING_RUNNING_WINDOW / settings.evaluation_seconds) + 1
         self._waiting_running: deque[tuple[float, Floats]] = deque(maxlen=evaluations)
         self._current: deque[tuple[float, Floats]] = deque(maxlen=evaluations)
@@ -109,8 +113,8 @@ class Prometheus:
         self._waiting_running.append((now, waiting_running))
         least = _over_time(np.fmin, self._waiting_running, now - _WAITING_RUNNING_WINDOW)
         self._current.append((now, np.maximum(np.maximum(requests_slots - 1, 0), least)))
-        least = _over_time(np.fmin, self._current, now - _CURRENT_WINDOW)
-        most = _over_time(np.fmax, self._current, now - _CURRENT_WINDOW)
+        least = _over_time(np.fmin, self._current, now - self.settings.window_seconds)
+        most = _over_time(np.fmax, self._current, now - self.settings.window_seconds)
         rate = self._queue_compute_rate(now)
         ratio = np.minimum(np.maximum(rate, least), most)  # NaN where there is no rate
         ratio[np.isnan(self._running)] = np.nan
@@ -126,7 +130,7 @@ class Prometheus:
 
     def _queue_compute_rate(self, now: float) -> Floats:
         """triton:queue_compute:rate"""
-        queued, computed = self._rates(now, _SHORT_RATE, self._num_short_rows, None)
+        queued, computed = self._rates(now, self.settings.window_seconds, self._num_short_rows, None)
         without = np.isnan(computed) & ~np.isnan(self._running)
         if without.any():
             pods = np.flatnonzero(without)

@@ -13,6 +13,7 @@ from typing import Any
 import packed_binaries
 import pytest
 import yaml
+from autoscaling.prometheus import PrometheusSettings
 from rendering import CHART, EXAMPLES, ROOT, RefusedError, render, render_text
 
 RECORDS = {
@@ -114,11 +115,21 @@ def test_a_behavior_of_ones_own_is_taken_as_it_is(helm: Path):
     assert behavior(helm, "hpa", "concurrency", behavior=own) == own
 
 
-@pytest.mark.parametrize(("interval", "group"), [("1s", "1s"), ("5s", "5s"), ("15s", "15s"), ("60s", "15s")])
-def test_records_are_made_as_often_as_servers_are_scraped(helm: Path, interval: str, group: str):
+@pytest.mark.parametrize(
+    ("interval", "group", "window"),
+    [("1s", "1s", "30s"), ("5s", "5s", "30s"), ("10s", "10s", "40s"), ("15s", "15s", "1m"), ("60s", "15s", "1m")],
+)
+def test_records_follow_the_scrapes(helm: Path, interval: str, group: str, window: str):
+    """They are made as often, of the last four."""
     objects = render(helm, values={"monitoring": {"enabled": True, "scrapeInterval": interval}})
     groups = {found["name"]: found for found in objects["PrometheusRule/llm-rules"]["spec"]["groups"]}
     assert groups["triton-now"]["interval"] == group
+    (rate,) = [
+        rule["expr"] for rule in groups["triton-now"]["rules"] if rule["record"] == "triton:generated_tokens:rate"
+    ]
+    assert f"tokens_total[{window}]) or rate(" in rate
+    simulated = PrometheusSettings(scrape_seconds=float(interval.removesuffix("s")))
+    assert simulated.window_seconds == {"30s": 30, "40s": 40, "1m": 60}[window]
 
 
 # ---- what it refuses, and what it warns of

@@ -106,8 +106,10 @@ def test_signals_are_those_of_the_recording_rules(scrape: int, evaluation: int, 
             near = f"abs({selector} - {value:.9g}) < bool 1e-6"
             wanted = [{"labels": f'{{instance="{pod}"}}', "value": 1}]
             tests.append({"expr": near, "eval_time": f"{now}s", "exp_samples": wanted})
+    rules = (ROOT / "monitoring/rules.yaml").read_text()
+    (tmp_path / "rules.yaml").write_text(rules.replace("[1m]", f"[{prometheus.settings.window_seconds:.0f}s]"))
     content = {
-        "rule_files": [str(ROOT / "monitoring/rules.yaml")],
+        "rule_files": [str(tmp_path / "rules.yaml")],
         "evaluation_interval": f"{evaluation}s",
         "tests": [
             {
