@@ -1,6 +1,7 @@
 """What a container of each server Pod says, followed from its start.
 
-Where nodes share a machine, as on the test cluster, one node's kubelet clears away the logs of another's Pods.
+Where nodes share a machine, as on the test cluster, one node's kubelet clears away the logs of another's Pods, and
+following them ends there: the beginning is sure, the end is not.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class PodLogs:
             follower.wait()
 
     def of(self, pod: str, seconds: float = 30) -> str:
-        """All that the container said, once it has ended."""
+        """What the container said, once it has ended."""
         self._followed[pod].wait(seconds)
         return self._path(pod).read_text()
 
