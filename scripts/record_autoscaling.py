@@ -19,7 +19,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -30,6 +29,7 @@ from urllib.parse import quote
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "clients"))
 
+from autoscaling.pod_log import PodLog  # noqa: E402
 from autoscaling.recorded_report import write_all  # noqa: E402
 from failures import UsageError  # noqa: E402
 from schedules import Schedule, parse_schedule  # noqa: E402
@@ -86,11 +86,7 @@ class Recording:
     replicas: list[list[float]] = field(default_factory=list)  # time, wanted, ready, clients that run
     steps: list[list[float]] = field(default_factory=list)  # time, clients
     pods: dict[str, dict[str, float]] = field(default_factory=dict)  # created and ready of each server
-    _readers: list[threading.Thread] = field(default_factory=list)
-    sent_by_client: dict[str, int] = field(default_factory=dict)  # as each says at its end
-    _lines: dict[tuple[str, str], None] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-    _followed: set[str] = field(default_factory=set)
+    _logs: dict[str, PodLog] = field(default_factory=dict)  # of each client, which says its requests
 
     def kubectl(self, *arguments: str, input: str | None = None) -> str:
         return run("kubectl", "--namespace", self.namespace, *arguments, input=input)
@@ -109,8 +105,8 @@ class Recording:
                 self._note_pod(name, thing)
             elif thing["kind"] == "Pod" and component == "client" and thing["status"].get("phase") == "Running":
                 clients += "deletionTimestamp" not in thing["metadata"]
-                if name not in self._followed:
-                    self._follow(name)
+                if name not in self._logs:
+                    self._logs[name] = PodLog(self.namespace, name, "client")
         self.replicas.append([round(time.time(), 2), wanted, ready, clients])
 
     def _note_pod(self, name: str, pod: dict[str, Any]) -> None:
@@ -121,34 +117,20 @@ class Recording:
         if "deletionTimestamp" in pod["metadata"]:
             times.setdefault("deleted", unix(pod["metadata"]["deletionTimestamp"]))
 
-    def _follow(self, name: str) -> None:
-        """A client's requests are on its standard output. Its log has them from the start, and attaching to it has them
-        to the end, also where a log file is cleared away (nodes that share a machine do that to each other)."""
-        self._followed.add(name)
-        for verb in (("logs", "--follow"), ("attach", "--quiet")):
-            reader = threading.Thread(target=self._read_requests, args=(name, *verb), daemon=True)
-            reader.start()
-            self._readers.append(reader)
-
-    def _read_requests(self, name: str, *verb: str) -> None:
-        command = ["kubectl", "--namespace", self.namespace, *verb, name]
-        with subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        ) as log:
-            for line in log.stdout or ():
-                if line.startswith("{"):
-                    with self._lock:
-                        self._lines.setdefault((name, line), None)
-                elif found := SENT.match(line):
-                    self.sent_by_client[name] = int(found[1].replace(",", ""))
-
     @property
     def requests(self) -> list[dict[str, Any]]:
-        return sorted((json.loads(line) | {"client": name} for name, line in self._lines), key=lambda r: r["due"])
+        said = [(name, line) for name, log in self._logs.items() for line in log.lines if line.startswith("{")]
+        return sorted((json.loads(line) | {"client": name} for name, line in said), key=lambda r: r["due"])
+
+    @property
+    def sent_by_client(self) -> dict[str, int]:
+        """As each says at its end."""
+        said = [(name, SENT.match(line)) for name, log in self._logs.items() for line in log.lines]
+        return {name: int(found[1].replace(",", "")) for name, found in said if found}
 
     def finish(self) -> None:
-        for reader in self._readers:
-            reader.join(timeout=60)
+        for log in self._logs.values():
+            log.ended(60)
 
     def ask_prometheus(self, query: str, begin: float, end: float) -> list[list[float]]:
         selected = query.replace("{S", f'{{namespace="{self.namespace}", app_kubernetes_io_instance="{RELEASE}"')

@@ -6,7 +6,7 @@ import threading
 import time
 from typing import Any
 
-from cluster_client import SERVER, CommandError, Namespace, is_ready
+from cluster_client import CommandError, Namespace, is_ready, selector
 from loads import SYNTHETIC, Load, Outcome, table
 
 MODEL = "demo-gpt2"
@@ -33,11 +33,6 @@ def values_of(namespace: Namespace, mode: str, *more: str) -> list[str]:
         "autoscaling.maxReplicas=6",
         *more,
     ]
-
-
-def selector(release: str) -> str:
-    """As the autoscaler selects."""
-    return f"app.kubernetes.io/instance={release},app.kubernetes.io/name=triton-trtllm,{SERVER}"
 
 
 def load(namespace: Namespace, image_tag: str, release: str, name: str, **clients: int) -> Load:

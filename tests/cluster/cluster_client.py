@@ -15,6 +15,11 @@ T = TypeVar("T")
 SERVER = "app.kubernetes.io/component=server"
 
 
+def selector(release: str) -> str:
+    """Of a release's server Pods, as its autoscaler selects them."""
+    return f"app.kubernetes.io/instance={release},app.kubernetes.io/name=triton-trtllm,{SERVER}"
+
+
 class CommandError(Exception):
     """A command ended with another code than 0: what it was and what it said."""
 

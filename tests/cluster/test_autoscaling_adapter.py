@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
-from autoscaled import PEAK, STEADY, TARGET, Watch, condition, load, lost, pods_that_run, selector, values_of
-from cluster_client import CommandError, Namespace, kubectl, until
+from autoscaled import PEAK, STEADY, TARGET, Watch, condition, load, lost, pods_that_run, values_of
+from cluster_client import CommandError, Namespace, kubectl, selector, until
 from loads import Load
 from metrics_adapter import MetricsAdapter, api_server
 from prometheus import BUSY_TRITON, ask, exporter, monitor

@@ -25,11 +25,10 @@ from autoscaled import (
     load,
     lost,
     pods_that_run,
-    selector,
     signal_server,
     values_of,
 )
-from cluster_client import CommandError, Namespace, is_ready, kubectl, until
+from cluster_client import CommandError, Namespace, is_ready, kubectl, selector, until
 from loads import Load
 from prometheus import BUSY_TRITON, PROMETHEUS, ask, exporter, monitor
 

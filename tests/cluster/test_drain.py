@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 
-from cluster_client import SERVER, Namespace, is_ready, kubectl, until
+from cluster_client import Namespace, is_ready, kubectl, selector, until
 from loads import REPLICAS, Load, table
 from pod_ends import PodEnds
 
@@ -71,13 +71,12 @@ class Operations:
         self._scale_up()
         for node in self._nodes[1:]:
             try:
-                selector = f"app.kubernetes.io/instance={self._service},{SERVER}"  # not what other tests run there
                 kubectl(
                     "drain",
                     node,
                     "--ignore-daemonsets",
                     "--delete-emptydir-data",
-                    f"--pod-selector={selector}",
+                    f"--pod-selector={selector(self._service)}",  # not what other tests run there
                     "--timeout=280s",
                     timeout=300,
                 )

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from cluster_client import CHART, SERVER, Namespace, kubectl, messages, pod_of, run, until
+from cluster_client import CHART, Namespace, kubectl, messages, pod_of, run, selector, until
 from pod_logs import PodLogs
 
 DEMO = "/opt/triton-trtllm/demo-gpt2"
@@ -95,7 +95,7 @@ def test_four_pods_on_empty_nodes_build_once_per_node(privileged: Namespace):
             log = logs.of(pod["metadata"]["name"])
             node = pod["spec"]["nodeName"]
             built[node] = built.get(node, 0) + ("compile:" in log)
-            # Its end may be missing: see pod_logs.py. That these Pods are ready says that they got an engine.
+            assert "compile:" in log or "(stored)" in log, log
             assert "compile:" in log or "waiting for" in log, f"the others wait, and say so: {log}"
     assert set(built.values()) == {1}, built
     asks(privileged, "demo")
@@ -119,7 +119,7 @@ def test_a_claim_serves_under_restricted_and_prebuild_fills_it(restricted: Names
         job = restricted.get("job", "claimed-prebuild")
         assert job["status"]["succeeded"] == 1
         restricted.rolled_out("claimed", 90)
-        (pod,) = restricted.pods(f"app.kubernetes.io/instance=claimed,{SERVER}")
+        (pod,) = restricted.pods(selector("claimed"))
         assert "(stored)" in logs.of(pod["metadata"]["name"])
     asks(restricted, "claimed")
 
@@ -136,7 +136,7 @@ def test_a_read_only_store_serves_what_it_has(restricted: Namespace, claim: str)
 
 
 def refusal(namespace: Namespace, release: str) -> str | None:
-    for pod in namespace.pods(f"app.kubernetes.io/instance={release},{SERVER}"):
+    for pod in namespace.pods(selector(release)):
         for message in messages(pod):
             return message
     return None
@@ -150,7 +150,7 @@ def test_a_build_that_is_killed_leaves_nothing_harmful(privileged: Namespace):
     privileged.install("killed", f"engine.node.path={folder}")
 
     def builds() -> str | None:
-        for pod in privileged.pods(f"app.kubernetes.io/instance=killed,{SERVER}"):
+        for pod in privileged.pods(selector("killed")):
             if any("running" in status["state"] for status in pod["status"].get("initContainerStatuses", [])[1:]):
                 return pod["metadata"]["name"]
         return None

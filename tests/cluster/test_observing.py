@@ -14,7 +14,7 @@ from typing import Any
 import dashboard
 import pytest
 from autoscaled import lost
-from cluster_client import SERVER, Namespace, kubectl, until
+from cluster_client import Namespace, kubectl, selector, until
 from loads import Load
 from prometheus import api, ask, exporter, monitor
 
@@ -112,8 +112,8 @@ def test_every_query_of_the_dashboard_has_data(service: Namespace, panel: dashbo
 @pytest.mark.parametrize("name", dashboard.VARIABLES)
 def test_every_variable_of_the_dashboard_has_values(service: Namespace, name: str):
     inner = dashboard.VARIABLES[name].removeprefix("label_values(").removesuffix(")")
-    selector, _, label = inner.rpartition(", ")
-    values = {series["metric"].get(label) for series in ask(filled_in(selector, service))}
+    query, _, label = inner.rpartition(", ")
+    values = {series["metric"].get(label) for series in ask(filled_in(query, service))}
     wanted = {"namespace": service.name, "release": "watched", "model": MODEL}.get(name)
     assert values and None not in values
     assert wanted is None or wanted in values
@@ -127,7 +127,7 @@ def test_prometheus_has_every_rule_and_none_fails(service: Namespace):
 
 def test_the_autoscaler_scales_on_requests(service: Namespace):
     """20 clients, 8 requests per Pod: the most that it may."""
-    assert len(service.pods(f"app.kubernetes.io/instance=watched,{SERVER}")) == 2
+    assert len(service.pods(selector("watched"))) == 2
     conditions = {found["type"]: found["status"] for found in scaler(service)["status"]["conditions"]}
     assert conditions["ScalingActive"] == "True"
 
@@ -136,4 +136,4 @@ def test_it_goes_back_to_one_without_a_broken_answer(service: Namespace, load: L
     """The last of the story: nobody asks any more."""
     assert lost(load.stop()) == 0
     until("one server", lambda: scaler(service)["status"].get("desiredReplicas") == 1, 120)
-    until("the other has drained", lambda: len(service.pods(f"app.kubernetes.io/instance=watched,{SERVER}")) == 1, 120)
+    until("the other has drained", lambda: len(service.pods(selector("watched"))) == 1, 120)

@@ -93,12 +93,11 @@ def plan_llm(folder: Path, manifest: EngineManifest, gpus: Sequence[Gpu]) -> Llm
 
 def _merged(ours: Mapping[str, Any], users: Mapping[str, Any]) -> dict[str, Any]:
     """The user's values win, also one by one inside of kv_cache_config."""
-    return {
-        name: {**ours[name], **users[name]}
-        if isinstance(ours.get(name), dict) and isinstance(users.get(name), dict)
-        else users.get(name, ours.get(name))
-        for name in {**ours, **users}
-    }
+    result = dict(ours)
+    for name, value in users.items():
+        before = result.get(name)
+        result[name] = before | value if isinstance(before, dict) and isinstance(value, dict) else value
+    return result
 
 
 @dataclass(frozen=True, kw_only=True)
